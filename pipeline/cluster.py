@@ -1,0 +1,54 @@
+"""Joining or starting Ray, as a good guest.
+
+A Ray of its own is started with `address="local"`: plain init would join whatever runs on the machine, even a stale one.
+It gets 256 MiB for objects instead of 30 % of the RAM: tables and results are small, and weights never pass through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from pipeline.errors import ConfigError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A connection to Ray for as long as the block lasts; a Ray that was up already is left up.
+
+    Args:
+        address: of a running Ray; None: the one that RAY_ADDRESS names, else one of its own.
+
+    Raises:
+        ConfigError: nothing answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if not address:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cluster.address: no Ray answers at {address}: {reason}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,251 @@
+"""The config of a run: frozen dataclasses, read from YAML, overridden by `key.path=value`, validated once, here.
+
+A field's type and its comment are its documentation; an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from pipeline.errors import ConfigError
+from predictor.registry import KINDS
+from predictor.training import TrainSettings
+from store.eviction import POLICIES
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str
+    """A local directory or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's on a GPU, float32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str
+    """A .tsv, .csv, .jsonl or .txt file."""
+    text: str | list[str] = "text"
+    """A column, or two for pairs. A .txt file has one column, text."""
+    label: str | None = None
+    """A column; without it no quality is reported."""
+    target: str | None = None
+    """A column: what an encoder-decoder scores, given the text."""
+    prefix: str = ""
+    """Put before the text."""
+    limit: int | None = None
+    """Read only so many rows."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    size: int = 4
+    max_tokens: int = 512
+    """Longer texts are truncated, and counted."""
+    order: Literal["input", "length"] = "length"
+    """length: rows of similar length together, so that little is padded."""
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    kind: str = "lstm"
+    path: str | None = None
+    """The file that `train` wrote."""
+    top_k: int = 3
+    """Experts per token and MoE layer in the hash tables."""
+    lookahead: int | Literal["auto"] = "auto"
+    """Batches predicted ahead; auto: until they name 3 x slots expert uses, at most 64."""
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    budget: str = "20%"
+    """Bytes on the device for experts: a size such as 2GiB, a share of all expert bytes, or auto."""
+    policy: str = "lru"
+    directory: str = "/dev/shm"
+    """Where the arena lies."""
+    keep: bool = False
+    """Leave the arena there for a warm start."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str | None = None
+    """null: a Ray of its own, or the one that RAY_ADDRESS names."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    task: Literal["classify", "score"] = "classify"
+    labels: dict[str, str] = field(default_factory=dict)
+    """classify: label in the data -> the word that a text-to-text model writes for it."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """What `train` does; `run` ignores it."""
+    routing: Literal["exact", "hash"] = "exact"
+    """exact: the model's routers decide, tables are hints. hash: the tables decide, as in the paper."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    output_dir: str = "runs/default"
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Reads a YAML file and applies `key.path=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or an impossible value.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold keys such as `model:`, found {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    config = parse(data, str(path))
+    _check(config, str(path))
+    return config
+
+
+def parse(data: dict[str, Any], source: str) -> Config:
+    """A Config from plain data, types checked."""
+    config = _build(Config, data, source, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is written key.path=value, for example store.budget=10%")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise ConfigError(f"{override!r}: {parent} holds a value, not keys")
+    data[last] = value
+
+
+def _build(cls: type, data: Any, source: str, at: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: {at or 'the file'} must hold keys, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"{source}: unknown key {_join(at, key)!r}; {hint}")
+    values = {}
+    for name, f in fields.items():
+        if name in data:
+            values[name] = _convert(hints[name], data[name], source, _join(at, name))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{source}: {_join(at, name)!r} is missing")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, source: str, at: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, source, at)
+    if at == "store.budget" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # bytes: `budget: 0` is a number to YAML
+    if at == "labels" and isinstance(value, dict):
+        return {str(key): str(word) for key, word in value.items()}
+    if not _fits(hint, value):
+        raise ConfigError(f"{source}: {at!r} is {value!r}; it must be {_describe(hint)}")
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(arg, value) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(args[0], k) and _fits(args[1], v) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(arg) for arg in args) if len(args) > 1 else repr(args[0])
+    if origin is list:
+        return f"a list of {_describe(args[0])}"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null", dict: "keys"}
+    return names.get(origin or hint, str(hint))
+
+
+def _join(at: str, key: object) -> str:
+    return f"{at}.{key}" if at else str(key)
+
+
+def _check(config: Config, source: str) -> None:
+    """What types cannot say."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"{source}: {message}")
+
+    for key, kind, known in (
+        ("predictor.kind", config.predictor.kind, KINDS),
+        ("store.policy", config.store.policy, POLICIES),
+    ):
+        near = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        require(kind in known, f"{key}: there is no {kind!r}; {hint}")
+    positive = {
+        "batch.size": config.batch.size,
+        "batch.max_tokens": config.batch.max_tokens,
+        "predictor.top_k": config.predictor.top_k,
+        "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
+        "data.limit": 1 if config.data.limit is None else config.data.limit,
+        "train.epochs": config.train.epochs,
+        "train.batch_size": config.train.batch_size,
+        "train.hidden": config.train.hidden,
+        "train.top_t": config.train.top_t,
+        "train.lr": config.train.lr,
+    }
+    for key, value in positive.items():
+        require(value > 0, f"{key!r} is {value}; it must be more than 0")
+    require(0 < config.train.holdout < 1, f"'train.holdout' is {config.train.holdout}; it must be between 0 and 1")
+    require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
+    if isinstance(config.data.text, list):
+        require(len(config.data.text) == 2, f"'data.text' names {len(config.data.text)} columns; it must be one or two")
+    if config.task == "classify":
+        require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

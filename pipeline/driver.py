@@ -1,0 +1,135 @@
+"""The driver: connects the three actors, keeps them busy and bounded, and survives their deaths.
+
+The algorithm of SiDA-MoE (section 3.1) as one loop: predict batch i + lookahead, let the store bring its experts, run batch i,
+yield its results. A call carries all that it needs, so that Ray may repeat it on a restarted actor; results are keyed by batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipeline.data import Batch
+from pipeline.errors import USER_ERRORS
+from pipeline.executor import BatchResult, Executor, ExecutorSpec
+from pipeline.models import load_embedding
+from predictor.actor import Predictor
+from predictor.registry import PredictorSpec
+from store.actor import ArenaInfo, ExpertStore
+from store.load import Placement
+
+MAX_LOOKAHEAD = 64
+FIRST_LOOKAHEAD = 4
+"""Until the first tables have told how many experts a batch names."""
+CALL_RETRIES = 5
+"""A batch during which the Executor dies more often than this is taken for the cause."""
+
+_durable = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": CALL_RETRIES}
+
+
+def start_store(path: Path, checkpoint: Path, placement: Placement) -> Any:
+    """The ExpertStore actor of this machine; two calls at once, so that a build can be asked how far it is."""
+    return ray.remote(ExpertStore).options(**_durable, max_concurrency=2).remote(path, checkpoint, placement)
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The Predictor and the Executor of a run."""
+
+    predictor: Any
+    executor: Any
+
+    @classmethod
+    def start(cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int) -> Actors:
+        """Starts both; `ready` waits for them."""
+        embedding = partial(load_embedding, arena.path, spec.model.embedding)
+        return cls(
+            ray.remote(Predictor).options(**_durable).remote(predictor, embedding, threads),
+            ray.remote(Executor).options(**_durable, concurrency_groups={"plan": 1}).remote(spec),
+        )
+
+    def ready(self) -> None:
+        """Waits until both can work.
+
+        Raises:
+            PredictorError: the predictor's file cannot be used.
+        """
+        result([self.predictor.ready.remote(), self.executor.ready.remote()])
+
+    def stop(self) -> None:
+        """Ends both: the Executor gives up the arena before it goes."""
+        result(self.executor.close.remote())
+        for actor in (self.executor, self.predictor):
+            ray.kill(actor)
+
+    def submit(self, batch: Batch, routing: str) -> ray.ObjectRef:
+        """Sends a batch on its way: predicted, planned, executed."""
+        prediction = self.predictor.predict.remote(batch.tokens)
+        self.executor.plan.options(concurrency_group="plan").remote(batch.index, prediction)
+        return self.executor.execute.remote(batch, prediction, routing)
+
+
+def run_batches(
+    actors: Actors, batches: list[Batch], routing: str, slots: int, lookahead: int | Literal["auto"]
+) -> Iterator[BatchResult]:
+    """Runs batches in the order given and yields their results in that order.
+
+    At most `lookahead` batches are ahead of the one that is executed, which bounds every queue.
+    """
+    waiting, under_way = deque(batches), deque[ray.ObjectRef]()
+    window = Window(slots, lookahead)
+    while waiting or under_way:
+        while waiting and len(under_way) <= window.lookahead:
+            under_way.append(actors.submit(waiting.popleft(), routing))
+        done: BatchResult = result(under_way.popleft())
+        window.saw(done.stats.predicted_uses)
+        yield done
+
+
+class Window:
+    """How many batches to look ahead: `auto` until the queued tables name about 3 x slots expert uses."""
+
+    def __init__(self, slots: int, lookahead: int | Literal["auto"]):
+        self._slots, self._fixed = slots, lookahead
+        self._uses = self._batches = 0
+
+    def saw(self, predicted_uses: int) -> None:
+        self._uses += predicted_uses
+        self._batches += 1
+
+    @property
+    def lookahead(self) -> int:
+        if self._fixed != "auto":
+            return self._fixed
+        if not self._uses:
+            return FIRST_LOOKAHEAD
+        return min(MAX_LOOKAHEAD, max(1, round(3 * self._slots * self._batches / self._uses)))
+
+
+def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:
+    """Waits for the arena, telling how many bytes are placed."""
+    info = store.open.remote()
+    while not ray.wait([info], timeout=0.5)[0]:
+        progress(result(store.placed_bytes.remote()))
+    return result(info)
+
+
+def result(refs: Any) -> Any:
+    """ray.get, with errors as they were raised rather than as Ray wraps them."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, USER_ERRORS):
+            raise cause from None
+        raise
+    except RayActorError as error:
+        name = getattr(error, "actor_class_name", None) or "an actor"
+        raise RuntimeError(f"{name} died {CALL_RETRIES + 1} times during one call; the last time: {error}") from None

@@ -1,0 +1,82 @@
+"""From what the user calls a model to a directory of safetensors: a local directory, or a hub id that is downloaded once.
+
+A checkpoint that has only pickled weights (.bin) is converted once, through torch.load(weights_only=True), which runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from pipeline.errors import ModelError
+from store.checkpoint import INDEX, SINGLE
+
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+SMALL_FILES = ["*.json", "*.model", "*.txt"]
+
+
+def local_checkpoint(model: str) -> Path:
+    """The directory of a model's config.json, tokenizer and safetensors; downloads and converts if it has to.
+
+    Raises:
+        ModelError: neither a directory with a model nor a model of the hub, or the hub cannot be reached.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        if model.count("/") > 1 or model.startswith((".", "/")) or Path(model.split("/")[0]).is_dir():
+            raise ModelError(f"{model}: no such directory")
+        directory = _download(model)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: holds no config.json")
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return directory
+    if (directory / PICKLED).exists() or (directory / PICKLED_INDEX).exists():
+        return _converted(directory)
+    raise ModelError(f"{directory}: holds no weights: neither {SINGLE}, {INDEX} nor {PICKLED}")
+
+
+def _download(model: str) -> Path:
+    try:
+        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
+        return directory
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{model}: neither a directory here nor a model that the hub gives: {reason}") from None
+
+
+def _converted(directory: Path) -> Path:
+    """A directory with the same model in safetensors, in the user's cache; made on the first call."""
+    shards = [PICKLED]
+    if (directory / PICKLED_INDEX).exists():
+        shards = sorted(set(json.loads((directory / PICKLED_INDEX).read_text())["weight_map"].values()))
+    identity = repr([(s, (directory / s).stat().st_size, (directory / s).stat().st_mtime_ns) for s in shards])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sida-moe"
+    target = cache / hashlib.sha256((str(directory.resolve()) + identity).encode()).hexdigest()[:16]
+    if (target / INDEX).exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for shard in shards:
+        tensors = torch.load(directory / shard, map_location="cpu", weights_only=True, mmap=True)
+        name = Path(shard).with_suffix(".safetensors").name
+        beside = target / f".{name}.{os.getpid()}"
+        save_file({key: value.clone().contiguous() for key, value in tensors.items()}, beside)  # clone: no shared storage
+        os.replace(beside, target / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    for file in directory.iterdir():
+        if file.suffix in (".json", ".model", ".txt") and file.name != PICKLED_INDEX:
+            (target / file.name).write_bytes(file.read_bytes())
+    beside = target / f".index.{os.getpid()}"
+    beside.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    os.replace(beside, target / INDEX)  # last: its presence says that all is there
+    return target

@@ -1,0 +1,97 @@
+"""metrics.json: what a run did, from the journal's entries; so a resumed run's figures cover all of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from pipeline.executor import BatchStats
+from predictor.accuracy import Accuracy
+
+PACKAGES = ("torch", "ray", "transformers", "numpy", "safetensors")
+
+
+def stats_of(entries: Iterable[dict[str, Any]]) -> list[BatchStats]:
+    """The statistics in journal entries, in the order of execution."""
+    stats = []
+    for entry in entries:
+        data = dict(entry["stats"])
+        data["accuracy"] = Accuracy(**data["accuracy"])
+        stats.append(BatchStats(**data))
+    return stats
+
+
+def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict[str, Any]:
+    """Throughput, latency, movement and prediction over all batches.
+
+    Args:
+        seconds: wall time of the batches, all sittings of a resumed run together.
+    """
+    latencies = [(s.end - s.start) / 1e6 for s in stats]
+    hits, misses = _sum([s.hits for s in stats]), _sum([s.misses for s in stats])
+    accuracy = Accuracy()
+    for s in stats:
+        accuracy.add(s.accuracy)
+    predicting = [(s.predict_span[1] - s.predict_span[0]) / 1e6 for s in stats if s.predict_span]
+    return {
+        "samples": samples,
+        "tokens": sum(s.tokens for s in stats),
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(samples / max(seconds, 1e-9), 3),
+        "latency_ms": {f"p{q}": round(float(np.percentile(latencies, q)), 3) for q in (50, 95, 99)},
+        "copied_bytes": {
+            "prefetch": sum(s.prefetch_bytes for s in stats),
+            "demand": sum(s.demand_bytes for s in stats),
+            "read_in_place": sum(s.read_in_place_bytes for s in stats),
+        },
+        "hit_rate": _share(sum(hits), sum(hits) + sum(misses)),
+        "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
+        "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
+        "prediction": {
+            "top1": round(accuracy.mean_top1, 4) if accuracy.tokens else None,
+            "top3": round(accuracy.mean_top3, 4) if accuracy.tokens else None,
+            "per_layer": {k: [round(r, 4) for r in rates] for k, rates in accuracy.rates().items()},
+            "ms_per_batch": round(sum(predicting) / max(len(predicting), 1), 3),
+        },
+        "stall_ms": round(sum(s.stall_ms for s in stats), 3),
+        "executors": len({s.pid for s in stats}),
+    }
+
+
+def fidelity(
+    exact: list[dict[str, Any]],
+    hashed: list[dict[str, Any]],
+    exact_quality: dict[str, float],
+    hash_quality: dict[str, float],
+) -> dict[str, Any]:
+    """How near hash routing comes to exact routing: equal labels, and quality beside quality (SiDA-MoE, table 4).
+
+    Args:
+        exact, hashed: the results of every row, by index.
+    """
+    report: dict[str, Any] = {"quality_exact": exact_quality, "quality_hash": hash_quality}
+    if "label" in exact[0]:
+        same = sum(a["label"] == b["label"] for a, b in zip(exact, hashed, strict=True))
+        report["same_label"] = same / len(exact)
+    if "logprob" in exact[0]:
+        apart = [abs(a["logprob"] - b["logprob"]) / a["tokens"] for a, b in zip(exact, hashed, strict=True)]
+        report["mean_logprob_difference_per_token"] = sum(apart) / len(apart)
+    report["ratio"] = {k: hash_quality[k] / exact_quality[k] for k in exact_quality if exact_quality[k]}
+    return report
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+
+def _sum(rows: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None

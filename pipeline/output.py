@@ -1,0 +1,166 @@
+"""The output directory of a run: predictions in input order, a journal that a killed run resumes from, nothing half-written.
+
+While a run is under way `journal.jsonl` is the truth: one line per finished batch. predictions.jsonl grows beside it as far as
+rows are complete in input order. metrics.json is written last; its presence says that the run ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+STATE, JOURNAL, PREDICTIONS, METRICS = "run.json", "journal.jsonl", "predictions.jsonl", "metrics.json"
+NOT_RESULTS = ("output_dir", "cluster", "train", "store.keep", "store.directory")
+"""Keys that may differ between a run and its resumption: they change no result."""
+
+
+class OutputDir:
+    """One run's directory, held by one run at a time."""
+
+    def __init__(self, config: Config):
+        """Opens a directory that is new, or that holds a run of the same config.
+
+        Raises:
+            ConfigError: it holds a run of another config, is in use, or is relative inside a submitted Ray job.
+        """
+        self.path = Path(config.output_dir)
+        if not self.path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+            raise ConfigError(
+                f"output_dir: {config.output_dir!r} is relative, and a submitted job runs in Ray's temporary copy of the project, "
+                "where results would be lost; add output_dir=/absolute/path"
+            )
+        self._config = _flat(config)
+        self._check_config()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._journal = (self.path / JOURNAL).open("ab+")
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output_dir: {self.path} is being written by another run; give another output_dir") from None
+
+    def begin(self, inputs: str) -> list[dict[str, Any]]:
+        """The journal of an unfinished run of the same inputs; empty for a fresh start.
+
+        Args:
+            inputs: identifies data and model.
+
+        Raises:
+            ConfigError: the unfinished run was of other inputs.
+        """
+        finished = (self.path / METRICS).exists()
+        entries = [] if finished else self._read_journal()
+        if entries:
+            state = json.loads((self.path / STATE).read_text())
+            if state["inputs"] != inputs:
+                raise ConfigError(
+                    f"output_dir: {self.path} holds an unfinished run over other data or another model (the files have "
+                    "changed since); give another output_dir or remove it"
+                )
+        else:
+            self._journal.truncate(0)
+            (self.path / METRICS).unlink(missing_ok=True)
+            self.write(STATE, json.dumps({"config": self._config, "inputs": inputs}, indent=1))
+        return entries
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Appends a finished batch to the journal; what is there survives this process."""
+        self._journal.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        self._journal.flush()
+
+    def write(self, name: str, text: str) -> Path:
+        """Writes a file beside its name and renames it."""
+        beside = self.path / f".{name}.{os.getpid()}"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, self.path / name)
+        finally:
+            beside.unlink(missing_ok=True)
+        return self.path / name
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Writes metrics.json, then drops the journal: the run has ended."""
+        self.write(METRICS, json.dumps(metrics, indent=1) + "\n")
+        (self.path / JOURNAL).unlink()
+        self.close()
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def _check_config(self) -> None:
+        state_path = self.path / STATE
+        if not state_path.exists():
+            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / JOURNAL).exists():
+                raise ConfigError(f"output_dir: {self.path} holds files that are not a run's; give another output_dir")
+            return
+        theirs = json.loads(state_path.read_text())["config"]
+        for key in sorted(theirs.keys() | self._config.keys()):
+            if theirs.get(key) != self._config.get(key):
+                raise ConfigError(
+                    f"output_dir: {self.path} holds a run with {key} = {theirs.get(key)!r}, this config has "
+                    f"{self._config.get(key)!r}; give another output_dir or remove that one"
+                )
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """Whole lines only: a killed run may have left the last one unfinished."""
+        self._journal.seek(0)
+        entries, end = [], 0
+        for line in self._journal:
+            if not line.endswith(b"\n"):
+                break
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+            end += len(line)
+        self._journal.truncate(end)
+        self._journal.seek(0, os.SEEK_END)
+        return entries
+
+
+class InOrder:
+    """predictions.jsonl, written as far as the results reach without a gap."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._next = 0
+
+    def add(self, results: list[dict[str, Any]]) -> None:
+        self._waiting |= {result["index"]: result for result in results}
+        for result in self._ready():
+            self._file.write(json.dumps(result) + "\n")
+        self._file.flush()
+
+    def _ready(self) -> Iterator[dict[str, Any]]:
+        while self._next in self._waiting:
+            yield self._waiting.pop(self._next)
+            self._next += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """The config as dotted keys, without those that change no result."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if prefix in NOT_RESULTS:
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    add("", config.to_dict())
+    return flat

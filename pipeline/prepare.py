@@ -1,0 +1,111 @@
+"""What every command that executes needs before it starts: rows, model, task, batches, and a budget that fits.
+
+All that can be refused is refused here, before a weight is read or an actor started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.cluster import cores
+from pipeline.config import Config
+from pipeline.data import Batch, Row, make_batches, read_rows
+from pipeline.errors import ModelError
+from pipeline.executor import ExecutorSpec
+from pipeline.models import ModelSpec, describe
+from pipeline.tasks import Task, make_task
+from predictor.registry import PredictorSpec
+from store.arena import available_memory, free_bytes
+from store.checkpoint import Checkpoint
+from store.errors import SpaceError
+from store.layout import ArenaLayout
+from store.slots import parse_budget
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to start.
+
+    Attributes:
+        identity: names data and model; changes if either does.
+        truncated: rows that were longer than `batch.max_tokens`.
+    """
+
+    config: Config
+    rows: list[Row]
+    batches: list[Batch]
+    truncated: int
+    model: ModelSpec
+    checkpoint: Checkpoint
+    layout: ArenaLayout
+    arena: Path
+    task: Task
+    slots: int
+    identity: str
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in whole slots."""
+        return self.slots * self.layout.slot_bytes
+
+    def executor_spec(self, background: bool = True) -> ExecutorSpec:
+        """Leaves one core to the Predictor if there is another."""
+        threads = max(1, cores() - 1)
+        store = self.config.store
+        return ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, "cpu", threads, background)
+
+    def predictor_spec(self, identity: str) -> PredictorSpec:
+        """
+        Args:
+            identity: of the model's routers, which the arena knows.
+        """
+        config = self.config.predictor
+        path = Path(config.path).resolve() if config.path else None
+        return PredictorSpec(config.kind, path, config.top_k, self.model.shape, identity, self.config.seed)
+
+
+def prepare(config: Config) -> Prepared:
+    """
+    Raises:
+        One of USER_ERRORS: whatever in data, model or budget cannot work.
+    """
+    rows = read_rows(config.data, config.labels)
+    model, checkpoint = describe(config.model, torch.device("cpu"))
+    layout = model.placement.layout(checkpoint)
+    directory = Path(config.store.directory)
+    if not directory.is_dir():
+        raise SpaceError(f"store.directory: {directory}: no such directory")
+    arena = model.placement.arena_path(checkpoint, directory)
+    in_memory = 0 if arena.exists() else layout.nbytes
+    free = free_bytes(directory)
+    if in_memory > free:
+        raise SpaceError(
+            f"store.directory: {directory}: the arena needs {layout.nbytes} bytes, {free} are free: {in_memory - free} bytes "
+            "short; name a larger filesystem, or free some with `python runner.py clean`"
+        )
+    slots = parse_budget(
+        config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, available_memory() - in_memory)
+    )
+    tokenizer = _tokenizer(model)
+    task = make_task(config, model, tokenizer)
+    encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
+    batches = make_batches(encoded, config.batch)
+    digest = hashlib.sha256(arena.name.encode())
+    for row in encoded:
+        for ids in (*row.streams, *(() if row.target is None else (row.target,))):
+            digest.update(ids.tobytes() + b"|")
+    return Prepared(
+        config, rows, batches, truncated, model, checkpoint, layout, arena, task, slots, digest.hexdigest()[:16]
+    )
+
+
+def _tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model.directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model.directory}: no usable tokenizer: {' '.join(str(error).split())}") from None

@@ -1,0 +1,196 @@
+"""`run`: answers every row of a data set with the model, its experts under a budget, and leaves the evidence beside the answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.cluster import cluster
+from pipeline.config import Config
+from pipeline.data import Batch
+from pipeline.driver import Actors, open_store, result, run_batches, start_store
+from pipeline.metrics import batch_metrics, fidelity, stats_of, versions
+from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
+from pipeline.prepare import Prepared, prepare
+from pipeline.report import report
+from pipeline.timeline import timeline
+from store.actor import ArenaInfo
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs a config, resuming what a killed run left in its output directory; returns what metrics.json holds.
+
+    Raises:
+        One of USER_ERRORS: what the user gave cannot work.
+    """
+    output = OutputDir(config)
+    try:
+        prepared = prepare(config)
+        entries = output.begin(prepared.identity)
+        _say_plan(prepared, entries)
+        with cluster(config.cluster.address):
+            store = start_store(prepared.arena, prepared.model.directory.resolve(), prepared.model.placement)
+            try:
+                arena = _open(store, prepared)
+                actors = Actors.start(
+                    prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1
+                )
+                actors.ready()
+                entries = _execute(actors, prepared, output, entries)
+                actors.stop()
+            finally:
+                result(store.close.remote(config.store.keep))
+        metrics = _metrics(prepared, entries, arena)
+        for name, text in _pictures(prepared, entries, metrics).items():
+            output.write(name, text)
+        output.finish(metrics)
+    finally:
+        output.close()
+    _say_results(metrics, output.path)
+    return metrics
+
+
+def _open(store: Any, prepared: Prepared) -> ArenaInfo:
+    with _bar("placing experts", prepared.layout.nbytes, unit="B", unit_scale=True) as bar:
+        arena = open_store(store, lambda nbytes: bar.update(nbytes - bar.n) and None)
+        bar.update(bar.total - bar.n)
+    how = "attached a warm arena" if arena.warm_start else "built the arena"
+    _say(f"{how}: {arena.path} ({_mb(arena.nbytes)}) in {arena.seconds:.3f} s")
+    return arena
+
+
+def _execute(
+    actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Runs the batches that the journal does not have yet; returns all of the journal's entries.
+
+    Under hash routing a second pass asks the model's own routers, to say how far the answers are from exact.
+    """
+    config, batches = prepared.config, prepared.batches
+    passes = [(config.routing, batches)]
+    if config.routing == "hash":
+        passes.append(("exact", [Batch(b.index + len(batches), b.rows, b.tokens, b.targets) for b in batches]))
+    done = {entry["batch"] for entry in entries}
+    predictions = InOrder(output.path / PREDICTIONS)
+    for entry in entries:
+        if entry["batch"] < len(batches):
+            predictions.add(entry["results"])
+    for number, (routing, todo) in enumerate(passes):
+        left = [batch for batch in todo if batch.index not in done]
+        label = f"{routing} routing" if number == 0 else "exact routing, to compare"
+        with _bar(label, len(prepared.rows), unit="row") as bar:
+            bar.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
+            last = time.perf_counter()
+            for item in run_batches(actors, left, routing, prepared.slots, config.predictor.lookahead):
+                now = time.perf_counter()
+                entry = item.to_dict() | {"seconds": now - last}
+                last = now
+                output.add(entry)
+                entries.append(entry)
+                bar.update(len(item.results))
+                if number == 0:
+                    predictions.add(item.results)
+    predictions.close()
+    return entries
+
+
+def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo) -> dict[str, Any]:
+    config, rows = prepared.config, prepared.rows
+    first = [entry for entry in entries if entry["batch"] < len(prepared.batches)]
+    second = [entry for entry in entries if entry["batch"] >= len(prepared.batches)]
+    results = _by_index(first)
+    stats = stats_of(first)
+    quality = prepared.task.quality(rows, results)
+    metrics = batch_metrics(stats, len(rows), sum(entry["seconds"] for entry in first))
+    if second:  # the routers were asked in the second pass only
+        exact = _by_index(second)
+        metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
+        metrics["prediction"] |= batch_metrics(stats_of(second), len(rows), 1)["prediction"]
+    metrics["prediction"]["kind"] = config.predictor.kind
+    return metrics | {
+        "truncated": prepared.truncated,
+        "quality": quality,
+        "routing": config.routing,
+        "device": "cpu",
+        "miss_path": "in_place",
+        "expert_bytes": {
+            "total": prepared.layout.expert_bytes,
+            "budget": prepared.budget_bytes,
+            "resident_peak": max(s.resident_peak_bytes for s in stats),
+        },
+        "device_memory_peak_bytes": None,
+        "arena": {
+            "name": arena.path.name,
+            "bytes": arena.nbytes,
+            "warm_start": arena.warm_start,
+            "seconds": round(arena.seconds, 4),
+        },
+        "versions": versions(),
+        "config": config.to_dict(),
+    }
+
+
+def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:
+    stats = stats_of(entry for entry in entries if entry["batch"] < len(prepared.batches))
+    second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
+    return {
+        "timeline.json": timeline(stats),
+        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots),
+    }
+
+
+def _by_index(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted((row for entry in entries for row in entry["results"]), key=lambda row: row["index"])
+
+
+def _say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
+    layout, rows, shape = prepared.layout, len(prepared.rows), prepared.model.shape
+    _say(f"{rows} rows in {len(prepared.batches)} batches from {prepared.config.data.path}")
+    if prepared.truncated:
+        _say(f"{prepared.truncated} texts were longer than {prepared.config.batch.max_tokens} tokens and are cut")
+    _say(
+        f"{sum(shape.experts)} experts in {shape.layers} MoE layers, {_mb(layout.expert_bytes)}; budget "
+        f"{prepared.config.store.budget}: {prepared.slots} slots, {_mb(prepared.budget_bytes)}"
+    )
+    if entries:
+        _say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
+
+
+def _say_results(metrics: dict[str, Any], path: Path) -> None:
+    moved = metrics["copied_bytes"]
+    quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
+    _say(f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s; {quality}")
+    _say(
+        f"experts: {metrics['hit_rate']:.1%} of uses found in a slot; {_mb(moved['prefetch'])} prefetched, "
+        f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "
+        f"of {_mb(metrics['expert_bytes']['total'])}"
+    )
+    if metrics["prediction"]["top1"] is not None:
+        top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
+        _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")
+    if "fidelity" in metrics:
+        shares = [f"same label {metrics['fidelity']['same_label']:.1%}"] if "same_label" in metrics["fidelity"] else []
+        shares += [f"{name} {value:.1%} of exact" for name, value in metrics["fidelity"]["ratio"].items()]
+        _say("fidelity of hash routing: " + ", ".join(shares))
+    _say(f"look at {path}:")
+    _say(f"  {PREDICTIONS:<18} one answer per row, in order")
+    _say(f"  {METRICS:<18} every figure of this run")
+    _say("  timeline.json      predict, copy and compute lanes: open it at https://ui.perfetto.dev")
+    _say("  report.html        the pictures: open it in a browser")
+
+
+def _bar(label: str, total: int, **options: Any) -> tqdm:
+    """Quiet when not a terminal."""
+    return tqdm(total=total, desc=label, disable=not sys.stderr.isatty(), leave=False, delay=0.5, **options)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"

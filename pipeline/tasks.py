@@ -1,0 +1,193 @@
+"""Tasks: what is asked of a model. Each turns rows into token ids (in the driver) and a batch into results (in the Executor).
+
+A task is small and travels to the Executor; it knows tokens and logits, nothing of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config import Config
+from pipeline.data import Batch, Encoded, Row
+from pipeline.errors import ConfigError
+from pipeline.models import ModelSpec
+from predictor.tokens import DECODER, ENCODER
+
+Result = dict[str, Any]
+"""One line of predictions.jsonl."""
+
+
+class Task(Protocol):
+    """What is asked of the model."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
+        """Rows as token ids, and how many of them were cut to `max_tokens`."""
+
+    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
+        """The forward of one batch: a result per row."""
+
+    def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
+        """Measures that the data allows; empty without labels."""
+
+
+def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """
+    Raises:
+        ConfigError: the model cannot do the task, or the labels do not fit it.
+    """
+    pad = spec.config["pad_token_id"] or 0
+    start = spec.config.get("decoder_start_token_id")
+    if config.task == "score":
+        if not spec.is_encoder_decoder:
+            raise ConfigError(f"task: score needs an encoder-decoder; {spec.directory} is a {spec.architecture}")
+        if config.data.target is None:
+            raise ConfigError("data.target: task score needs the column that is scored")
+        return Score(pad, start if start is not None else pad)
+    labels = tuple(config.labels)
+    if not spec.is_encoder_decoder:
+        count = spec.config.get("num_labels") or len(spec.config.get("id2label") or {})
+        if count != len(labels):
+            raise ConfigError(f"labels: names {len(labels)} labels, the classification head of {spec.directory} has {count}")
+        return HeadClassify(labels, pad)
+    words = [tokenizer(word, add_special_tokens=False).input_ids for word in config.labels.values()]
+    firsts: dict[int, str] = {}
+    for word, ids in zip(config.labels.values(), words, strict=True):
+        if not ids:
+            raise ConfigError(f"labels: the tokenizer makes no token of {word!r}")
+        if ids[0] in firsts:
+            raise ConfigError(
+                f"labels: {firsts[ids[0]]!r} and {word!r} begin with the same token, so the model cannot tell them apart"
+            )
+        firsts[ids[0]] = word
+    return TextToTextClassify(labels, pad, start if start is not None else pad, tuple(firsts))
+
+
+def _encode_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int
+) -> tuple[list[np.ndarray], int]:
+    """Token ids of text and pair, int64 arrays; and how many rows were longer than `max_tokens`."""
+    texts = [row.text for row in rows]
+    pairs = [row.pair for row in rows] if rows[0].pair is not None else None
+    full = tokenizer(texts, pairs, add_special_tokens=True)["input_ids"]
+    too_long = [i for i, ids in enumerate(full) if len(ids) > max_tokens]
+    if too_long:
+        cut_pairs = [pairs[i] for i in too_long] if pairs else None
+        cut = tokenizer([texts[i] for i in too_long], cut_pairs, truncation=True, max_length=max_tokens)["input_ids"]
+        for i, ids in zip(too_long, cut, strict=True):
+            full[i] = ids
+    return [np.array(ids, dtype=np.int64) for ids in full], len(too_long)
+
+
+def _quality(labels: tuple[str, ...], rows: list[Row], results: list[Result]) -> dict[str, float]:
+    """Accuracy, and with two labels the F1 of the second, as GLUE counts it."""
+    if rows[0].label is None:
+        return {}
+    pairs = [(row.label, str(result["label"])) for row, result in zip(rows, results, strict=True)]
+    quality = {"accuracy": sum(true == said for true, said in pairs) / len(pairs)}
+    if len(labels) == 2:
+        positive = labels[1]
+        right = sum(true == said == positive for true, said in pairs)
+        wrong = sum((true == positive) != (said == positive) for true, said in pairs)
+        quality["f1"] = 2 * right / max(2 * right + wrong, 1)
+    return quality
+
+
+def _results(batch: Batch, labels: tuple[str, ...], scores: torch.Tensor) -> list[Result]:
+    """scores: (batch, labels)."""
+    best = scores.argmax(dim=1).tolist()
+    return [
+        {"index": int(row), "label": int(labels[b]) if labels[b].lstrip("-").isdigit() else labels[b], "scores": values}
+        for row, b, values in zip(batch.rows, best, scores.float().tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class TextToTextClassify:
+    """The label whose word's first token has the highest logit at the first decoder step (T5's way to classify)."""
+
+    labels: tuple[str, ...]
+    pad: int
+    start: int
+    first_tokens: tuple[int, ...]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
+        ids, truncated = _encode_texts(tokenizer, rows, max_tokens)
+        start = np.array([self.start])
+        return [Encoded((row, start)) for row in ids], truncated
+
+    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
+        ids, mask = batch.pad(ENCODER, self.pad)
+        start, _ = batch.pad(DECODER, self.pad)
+        device = model.device
+        logits = model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), decoder_input_ids=start.to(device), use_cache=False
+        ).logits
+        return _results(batch, self.labels, logits[:, 0, list(self.first_tokens)])
+
+    def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
+        return _quality(self.labels, rows, results)
+
+
+@dataclass(frozen=True)
+class HeadClassify:
+    """The highest output of a classification head on the encoder, as the paper classifies."""
+
+    labels: tuple[str, ...]
+    pad: int
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
+        ids, truncated = _encode_texts(tokenizer, rows, max_tokens)
+        return [Encoded((row,)) for row in ids], truncated
+
+    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
+        ids, mask = batch.pad(ENCODER, self.pad)
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        return _results(batch, self.labels, logits)
+
+    def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
+        return _quality(self.labels, rows, results)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The logarithm of the probability that an encoder-decoder gives a target, by teacher forcing."""
+
+    pad: int
+    start: int
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
+        ids, truncated = _encode_texts(tokenizer, rows, max_tokens)
+        targets, cut = _encode_texts(tokenizer, [Row(row.target or "") for row in rows], max_tokens)
+        encoded = [
+            Encoded((source, np.concatenate([[self.start], target[:-1]])), target)
+            for source, target in zip(ids, targets, strict=True)
+        ]
+        return encoded, truncated + cut
+
+    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
+        assert batch.targets is not None
+        ids, mask = batch.pad(ENCODER, self.pad)
+        decoder_ids, _ = batch.pad(DECODER, self.pad)
+        device = model.device
+        logits = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            decoder_input_ids=decoder_ids.to(device),
+            use_cache=False,
+        ).logits
+        results = []
+        for i, (row, target) in enumerate(zip(batch.rows, batch.targets, strict=True)):
+            log_probabilities = logits[i, : len(target)].float().log_softmax(dim=-1)
+            scored = log_probabilities.gather(1, torch.from_numpy(target).to(device)[:, None])
+            results.append({"index": int(row), "tokens": len(target), "logprob": scored.double().sum().item()})
+        return results
+
+    def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
+        tokens = sum(result["tokens"] for result in results)
+        return {"perplexity": math.exp(-sum(result["logprob"] for result in results) / tokens)}

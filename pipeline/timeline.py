@@ -1,0 +1,38 @@
+"""timeline.json: what predicted, copied and computed when, in Chrome's trace format; open it in Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pipeline.executor import BatchStats
+
+LANES = ("predict", "copy", "compute")
+
+
+def timeline(stats: list[BatchStats]) -> str:
+    """The JSON text. Times in microseconds from the first event; a lane per kind of work, a process per Executor process."""
+    origin = min(min([s.start, *(s.predict_span or [])[:1], *(c[0] for c in s.copy_spans)]) for s in stats)
+    events: list[dict[str, Any]] = []
+
+    def event(pid: int, lane: str, name: str, start: int, end: int, args: dict[str, Any]) -> None:
+        where = {"pid": pid, "tid": LANES.index(lane) + 1}
+        times = {"ts": (start - origin) / 1e3, "dur": (end - start) / 1e3}
+        events.append({"name": name, "cat": lane, "ph": "X", **where, **times, "args": args})
+
+    for number, s in enumerate(stats):
+        if s.predict_span:
+            event(s.pid, "predict", f"batch {number}", *s.predict_span, {"expert uses": s.predicted_uses})
+        for start, end, experts in s.copy_spans:
+            event(s.pid, "copy", f"{experts} experts", start, end, {"experts": experts})
+        seen = {"tokens": s.tokens, "hits": sum(s.hits), "misses": sum(s.misses), "stall_ms": s.stall_ms}
+        event(s.pid, "compute", f"batch {number}", s.start, s.end, seen)
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": i + 1, "args": {"name": lane}}
+        for pid in dict.fromkeys(s.pid for s in stats)
+        for i, lane in enumerate(LANES)
+    ] + [
+        {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"Executor {pid}"}}
+        for pid in dict.fromkeys(s.pid for s in stats)
+    ]
+    return json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"})

@@ -1,0 +1,1 @@
+"""Knows tokens and hash tables; nothing of memory or devices."""

@@ -1,0 +1,54 @@
+"""The Predictor actor: turns batches into hash tables, ahead of the Executor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from predictor.hash_table import HashTable
+from predictor.registry import HashPredictor, PredictorSpec, make
+from predictor.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A batch's table and when it was made (time.time_ns())."""
+
+    table: HashTable
+    start: int
+    end: int
+
+
+class Predictor:
+    """Run as a Ray actor; plain calls work too."""
+
+    def __init__(self, spec: PredictorSpec, embedding: Callable[[], torch.Tensor], threads: int = 1):
+        """
+        Args:
+            embedding: gives the model's input embeddings. A function and not a tensor: weights do not travel through Ray.
+            threads: for torch; Ray leaves an actor one.
+        """
+        torch.set_num_threads(threads)
+        self._spec, self._embedding = spec, embedding
+
+    @cached_property
+    def _predictor(self) -> HashPredictor:
+        return make(self._spec, self._embedding)
+
+    def ready(self) -> None:
+        """Makes the predictor, here and not in the constructor, whose errors Ray would wrap in its own.
+
+        Raises:
+            PredictorError: see `make`.
+        """
+        self._predictor  # noqa: B018 (made on first use)
+
+    def predict(self, tokens: TokenBatch) -> Prediction:
+        """The table of one batch. Calls may be repeated, and in any order."""
+        start = time.time_ns()
+        table = self._predictor.predict(tokens)
+        return Prediction(table, start, time.time_ns())

@@ -1,0 +1,115 @@
+"""HashFunction: from token embeddings to experts, for all MoE layers at once (SiDA-MoE, section 3.2).
+
+Compress -> 2-layer LSTM -> self-attention with sparsemax (few positions matter to a token) -> plus a residual from the compressed
+embedding -> one head per MoE layer. It sees nothing of the model but its input embeddings, so it can run long before it.
+
+What is added to the paper's: a second output per MoE layer for the scaling factor, which the paper reads off the expert's
+softmax although that is trained for order rather than for size; and the decoder's tokens, which follow the encoder's in one sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import embedding as look_up
+
+from predictor.hash_table import HashTable, from_probabilities
+from predictor.tokens import ENCODER, RoutingShape, TokenBatch
+
+PADDING = -1
+
+
+def sparsemax(scores: torch.Tensor) -> torch.Tensor:
+    """Euclidean projection of the last dimension onto the simplex (Martins and Astudillo, 2016); mostly zeros.
+
+    Entries of -inf get exactly 0. Each row needs one finite entry.
+    """
+    ordered = scores.sort(dim=-1, descending=True).values
+    sums = ordered.cumsum(dim=-1)
+    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    support = (1 + rank * ordered > sums).sum(dim=-1, keepdim=True)  # -inf is never in the support
+    threshold = (sums.gather(-1, support - 1) - 1) / support
+    return (scores - threshold).clamp(min=0)
+
+
+class HashFunction(nn.Module):
+    """The network; about 1 % of the experts' bytes on Switch-base.
+
+    Args:
+        embedding_dim: width of the model's input embeddings.
+        hidden: width of everything inside.
+    """
+
+    def __init__(self, shape: RoutingShape, embedding_dim: int, hidden: int):
+        super().__init__()
+        self.compress = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.ReLU())
+        self.lstm = nn.LSTM(hidden, hidden, num_layers=2, batch_first=True)
+        self.residual = nn.Linear(hidden, hidden)
+        self.heads = nn.ModuleList(nn.Linear(hidden, experts) for experts in shape.experts)
+        self.scales = nn.Linear(hidden, shape.layers)
+
+    def forward(self, embedded: torch.Tensor, visible: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """
+        Args:
+            embedded: (rows, tokens, embedding_dim); padding last.
+            visible: bool (rows, tokens, tokens): whether position i may attend to position j.
+
+        Returns:
+            Expert logits per MoE layer, (rows, tokens, experts), and scaling factors in 0..1, (rows, tokens, MoE layers).
+        """
+        compressed = self.compress(embedded)
+        state, _ = self.lstm(compressed)
+        scores = (state @ state.transpose(1, 2)).masked_fill(~visible, float("-inf"))
+        mixed = sparsemax(scores) @ state + self.residual(compressed)
+        return [head(mixed) for head in self.heads], self.scales(mixed).sigmoid()
+
+
+def pack(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sequence per row: its encoder tokens, then its decoder tokens, then padding.
+
+    Returns:
+        ids: int64 (rows, tokens), 0 for padding.
+        streams: int64 (rows, tokens), the stream of each token, PADDING for padding.
+        visible: bool (rows, tokens, tokens). Encoder tokens see each other, decoder tokens also what stands before them;
+            padding sees itself alone, so that every row of scores has a finite entry.
+    """
+    rows = [np.concatenate(parts) for parts in zip(*tokens.streams, strict=True)]
+    width = max(len(row) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    streams = np.full((len(rows), width), PADDING, dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        streams[i, : len(row)] = np.repeat(np.arange(len(tokens.streams)), [len(s[i]) for s in tokens.streams])
+    stream = torch.from_numpy(streams)
+    position = torch.arange(width)
+    before = position[:, None] >= position[None, :]
+    real = stream != PADDING
+    visible = real[:, None, :] & ((stream == ENCODER)[:, None, :] | before)
+    visible |= torch.eye(width, dtype=torch.bool)
+    return torch.from_numpy(ids), stream, visible
+
+
+class LSTMPredictor:
+    """Runs a trained HashFunction over batches."""
+
+    def __init__(self, network: HashFunction, shape: RoutingShape, embedding: torch.Tensor, top_k: int):
+        """
+        Args:
+            embedding: the model's input embeddings, (vocab_size, embedding_dim), any floating dtype.
+            top_k: experts per token and MoE layer in the tables.
+        """
+        self.network = network.eval()
+        self.shape, self.top_k = shape, top_k
+        self._embedding = embedding
+
+    @torch.inference_mode()
+    def predict(self, tokens: TokenBatch) -> HashTable:
+        ids, streams, visible = pack(tokens)
+        logits, scale = self.network(look_up(ids, self._embedding).float(), visible)
+        probabilities, scales = [], []
+        for layer, stream in enumerate(self.shape.streams):
+            mine = streams == stream
+            probabilities.append(logits[layer][mine].softmax(dim=-1).numpy())
+            scales.append(scale[mine][:, layer].numpy())
+        return from_probabilities(probabilities, scales, self.top_k)

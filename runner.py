@@ -1,0 +1,116 @@
+"""The launcher: python runner.py COMMAND CONFIG.yaml [key.path=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  python runner.py run configs/quickstart.yaml
+  python runner.py run configs/quickstart.yaml store.budget=50% output_dir=runs/half
+  python runner.py train configs/train-quickstart.yaml
+  python runner.py clean
+
+Every key of a config is explained in docs/config.md. A value after a key is YAML, as in the file.
+Exit codes: 0 done; 1 something broke; 2 what was given cannot work, with one line that says why; 130 interrupted.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads and Ray's forks do not mix
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from pipeline.errors import USER_ERRORS  # here, so that --help answers at once
+
+    try:
+        options.command(options)
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="runner.py",
+        description="Serves Mixture-of-Experts models that are larger than the device: predicts which experts the next "
+        "batches need and holds only those, under a budget in bytes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, function, short: str, long: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(command=function)
+        return command
+
+    def add_with_config(name: str, function, short: str, long: str) -> None:
+        command = add(name, function, short, long)
+        command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to run; see configs/")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
+        )
+
+    add_with_config("run", _run, "classify or score a data set", RUN)
+    add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
+    clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
+    clean.add_argument(
+        "directory", nargs="?", type=Path, default=Path("/dev/shm"), help="the store.directory to clean (default: /dev/shm)"
+    )
+    return parser
+
+
+RUN = """\
+Answers every row of a data set with the model, its experts held under store.budget.
+
+Writes into output_dir: predictions.jsonl, metrics.json, timeline.json, report.html.
+A run that was killed is resumed by the same command; a finished one is run again."""
+
+TRAIN = """\
+Runs the model over the config's data, records what its routers decide, trains the predictor that predictor.kind
+names (lstm or token_table) on it, and writes predictor.path.
+
+Shows top-1 and top-3 per MoE layer on rows that are held out of training (train.holdout)."""
+
+CLEAN = """\
+Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,
+and what a killed run left behind. Says what it freed."""
+
+
+def _run(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.run import run
+
+    run(load_config(options.config, options.overrides))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.train import train
+
+    train(load_config(options.config, options.overrides))
+
+
+def _clean(options: argparse.Namespace) -> None:
+    from store.arena import clean
+
+    removed, in_use = clean(options.directory)
+    for item in removed:
+        print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")
+    for path in in_use:
+        print(f"in use  {path}")
+    print(f"freed {sum(item.nbytes for item in removed) / 1e6:.1f} MB in {options.directory}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

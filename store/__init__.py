@@ -1,0 +1,1 @@
+"""Knows bytes; nothing of tokens or models: an expert is a key (MoE layer, expert) and a block of bytes."""

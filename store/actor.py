@@ -1,0 +1,70 @@
+"""The ExpertStore actor: keeps the arena of one model on one machine, for whoever on it executes.
+
+No weight passes through it or through Ray's object store: it answers with the arena's path, and executors map the file.
+A restarted ExpertStore finds the arena it had, finished or not, in its place.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.arena import Arena
+from store.checkpoint import Checkpoint
+from store.load import Placement, load
+
+
+@dataclass(frozen=True)
+class ArenaInfo:
+    """What the driver tells the executors and the user."""
+
+    path: Path
+    nbytes: int
+    identity: str
+    warm_start: bool
+    seconds: float
+
+
+class ExpertStore:
+    """Run as a Ray actor; plain calls work too."""
+
+    def __init__(self, path: Path, checkpoint: Path, placement: Placement):
+        """Attaches the arena at `path` if it is there: a restarted actor needs no checkpoint."""
+        start = time.perf_counter()
+        self._path, self._checkpoint, self._placement = path, checkpoint, placement
+        self._arena = Arena.attach(path)
+        self._warm_start = self._arena is not None
+        self._seconds = time.perf_counter() - start
+        self._placed_bytes = 0
+
+    def open(self) -> ArenaInfo:
+        """Builds the arena from the checkpoint unless it is there.
+
+        Raises:
+            CheckpointError, SpaceError: see `load`.
+        """
+        if self._arena is None:
+            start = time.perf_counter()
+            self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
+            self._seconds = time.perf_counter() - start
+        return ArenaInfo(
+            self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds
+        )
+
+    def placed_bytes(self) -> int:
+        """Bytes placed so far by a build under way, for a progress bar."""
+        return self._placed_bytes
+
+    def close(self, keep: bool) -> bool:
+        """Gives the arena up and, unless `keep` or another process uses it, removes it; says whether it is gone."""
+        if self._arena is None:
+            return False
+        arena, self._arena = self._arena, None
+        if keep:
+            arena.close()
+            return False
+        return arena.remove()
+
+    def _count_placed(self, nbytes: int) -> None:
+        self._placed_bytes += nbytes

@@ -1,0 +1,176 @@
+"""Safetensors in: tensors by name, from one file or from shards with an index, read straight into the memory given.
+
+Parses the headers itself, for two reasons: a truncated file, a missing shard or a wrong offset is named before a byte is
+read, and `read_into` can `preadv` a tensor to its final place, so that loading needs no memory of its own.
+Knows nothing of experts or models; load.py decides what goes where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from store.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT = 100 * 2**20  # the format's own limit; a longer one is a file of another kind
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies on disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
+    """The tensors of one safetensors file and its raw header.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not of this format.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            raw = f.read(length) if size >= 8 and length <= min(size, HEADER_LIMIT) else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    if size < 8 or len(raw) < length:
+        raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again")
+    try:
+        header = json.loads(raw)
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: tensor {name} has dtype {entry['dtype']}, which is not served; known: {', '.join(DTYPES)}"
+                )
+            info = TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
+            if end - begin != info.nbytes:
+                raise CheckpointError(f"{file}: tensor {name} has {end - begin} bytes, its shape needs {info.nbytes}")
+            if 8 + length + end > size:
+                short = 8 + length + end - size
+                raise CheckpointError(f"{file}: truncated: tensor {name} ends {short} bytes past the end; get it again")
+            tensors[name] = info
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: its header is damaged ({error}); download it again") from None
+    return tensors, raw
+
+
+class Checkpoint:
+    """A directory in Hugging Face's safetensors format."""
+
+    def __init__(self, directory: Path):
+        """Reads headers only.
+
+        Raises:
+            CheckpointError: nothing there, an index that names a missing shard or tensor, or a damaged file.
+        """
+        self.directory = directory
+        self.tensors: dict[str, TensorInfo] = {}
+        digest = hashlib.sha256()
+        for file in self._files():
+            tensors, header = read_header(file)
+            self.tensors.update(tensors)
+            stat = file.stat()
+            digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode() + header)
+        self.fingerprint = digest.hexdigest()
+        """Changes with any shard's name, size, time or header."""
+        missing = sorted(self._index.keys() - self.tensors.keys())
+        if missing:
+            raise CheckpointError(f"{directory / INDEX}: names tensor {missing[0]}, which no shard holds")
+
+    @cached_property
+    def _index(self) -> dict[str, str]:
+        path = self.directory / INDEX
+        if not path.exists():
+            return {}
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            return {str(name): str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not an index of shards ({error})") from None
+
+    def _files(self) -> list[Path]:
+        if self._index:
+            files = [self.directory / name for name in sorted(set(self._index.values()))]
+            for file in files:
+                if not file.exists():
+                    raise CheckpointError(f"{self.directory / INDEX}: names the shard {file.name}, which is not there")
+            return files
+        if not (self.directory / SINGLE).exists():
+            raise CheckpointError(f"{self.directory}: holds neither {SINGLE} nor {INDEX}")
+        return [self.directory / SINGLE]
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.directory}: has no tensor {name}")
+        return self.tensors[name]
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Reads one tensor into `out`, contiguous and of the tensor's own shape, converting to `out`'s dtype.
+
+        Raises:
+            CheckpointError: the shapes differ, the file ends early, or a value is NaN or infinite.
+        """
+        info = self.info(name)
+        if tuple(out.shape) != info.shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(out.shape)}"
+            )
+        if out.dtype == info.dtype:
+            _read_exactly(info, name, out)
+        else:
+            raw = torch.empty(info.shape, dtype=info.dtype)
+            _read_exactly(info, name, raw)
+            out.copy_(raw)
+        if out.is_floating_point() and out.numel():
+            low, high = torch.aminmax(out)  # NaN spreads into both; no temporary of the tensor's size
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                raise CheckpointError(
+                    f"{info.file}: tensor {name} holds NaN or infinite weights (as {out.dtype}); the checkpoint is damaged"
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its own dtype."""
+        info = self.info(name)
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, out)
+        return out
+
+
+def _read_exactly(info: TensorInfo, name: str, out: torch.Tensor) -> None:
+    buffer = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+    with info.file.open("rb", buffering=0) as f:
+        done = 0
+        while done < info.nbytes:
+            count = os.preadv(f.fileno(), [buffer[done:]], info.offset + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file}: ends inside tensor {name}; was it changed while being read?")
+            done += count

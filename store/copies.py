@@ -1,0 +1,223 @@
+"""The copy engine: brings predicted experts into slots, in the order in which layers will need them, while others compute.
+
+The queued hash tables are the future: `plan` adds one batch of it, `reading` and `finish` turn it into the past. The engine
+copies the first planned expert that has no slot, into a free slot or one whose expert is not wanted sooner than the one
+to come; among those the eviction policy has the word. If nobody may go, it waits. What a forward needs and nobody
+predicted is read in place, from the arena: a wrong prediction costs time, never correctness.
+
+`background=True` copies on a thread of its own. `background=False` copies inside `plan` and `reading`, in the same order: the
+same experts move every time, for tests and for simulations.
+
+Knows batches only as numbers. Thread-safe; one lock guards all state, and no copy happens under it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from store.arena import Arena
+from store.eviction import Policy
+from store.layout import Key
+from store.slots import Slots
+
+
+@dataclass
+class Movement:
+    """What crossed the link, and what waited for it, since the last `take`. Bytes, counts per MoE layer, nanoseconds."""
+
+    layers: int
+    prefetch_bytes: int = 0
+    demand_bytes: int = 0
+    """Copies that a forward asked for. None where misses are read in place."""
+    read_in_place_bytes: int = 0
+    hits: list[int] = field(default_factory=list)
+    misses: list[int] = field(default_factory=list)
+    stall_ns: int = 0
+    copy_spans: list[list[int]] = field(default_factory=list)
+    """[start, end, experts]: runs of back-to-back copies, time.time_ns()."""
+
+    def __post_init__(self) -> None:
+        self.hits, self.misses = [0] * self.layers, [0] * self.layers
+
+    def copied(self, start: int, end: int, nbytes: int) -> None:
+        self.prefetch_bytes += nbytes
+        if self.copy_spans and start - self.copy_spans[-1][1] < 200_000:  # gaps below 0.2 ms are no gaps to look at
+            self.copy_spans[-1][1] = end
+            self.copy_spans[-1][2] += 1
+        else:
+            self.copy_spans.append([start, end, 1])
+
+
+class CopyEngine:
+    """Moves experts from the arena into slots, ahead of the forwards that read them."""
+
+    def __init__(self, arena: Arena, slots: Slots, policy: Policy, background: bool = True):
+        self.slots = slots
+        self._arena = arena
+        self._policy = policy
+        self._layers = len(arena.layout.layers)
+        self._queue: deque[tuple[int, Key]] = deque()  # what is planned, by position: the order in which it is needed
+        self._wanted: dict[int, list[Key]] = {}  # position -> planned experts, until that layer of that batch has been read
+        self._next_uses: defaultdict[Key, deque[int]] = defaultdict(deque)  # ascending positions
+        self._ordinals: dict[int, int] = {}  # batch -> its place in the order of planning, which is the order of execution
+        self._planned = 0
+        self._finished: set[int] = set()
+        self._movement = Movement(self._layers)
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._work, name="copy", daemon=True)
+            self._thread.start()
+
+    def plan(self, batch: int, uses: Sequence[Sequence[int]]) -> None:
+        """Queues a batch's predicted experts, per MoE layer, most wanted first.
+
+        Does nothing for a batch that is planned or finished already: word of it may come late, or twice.
+        """
+        with self._changed:
+            if batch in self._ordinals or batch in self._finished:
+                return
+            self._ordinals[batch] = self._planned
+            for layer, experts in enumerate(uses):
+                position = self._planned * self._layers + layer
+                self._wanted[position] = [(layer, expert) for expert in experts]
+                for key in self._wanted[position]:
+                    self._queue.append((position, key))
+                    self._next_uses[key].append(position)
+            self._planned += 1
+        self._proceed()
+
+    @contextmanager
+    def reading(self, batch: int, layer: int, experts: Sequence[int]) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """The tensors of `experts` for one MoE layer of one forward, each where it is now: in its slot or in the arena.
+
+        Copies already under way are waited for (the same bytes must not cross the link twice); none is evicted while it is read.
+
+        Raises:
+            RuntimeError: the copy thread broke.
+        """
+        keys = [(layer, expert) for expert in experts]
+        with self._changed:
+            # Decided once, before waiting: waiting gives the lock away, and an expert that comes meanwhile is not pinned.
+            pinned = [key for key in keys if key in self.slots]
+            for key in pinned:
+                self.slots.pin(key)
+            if batch in self._ordinals:
+                self._pass(self._ordinals[batch] * self._layers + layer)
+            start = time.perf_counter_ns()
+            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in pinned))
+            self._movement.stall_ns += time.perf_counter_ns() - start
+            if self._failure:
+                raise RuntimeError("copying experts failed") from self._failure
+            for key in pinned:
+                self._policy.used(key)
+            held = set(pinned)
+            weights = [self.slots.weights(key, in_slot=key in held) for key in keys]
+            self._movement.hits[layer] += len(pinned)
+            self._movement.misses[layer] += len(keys) - len(pinned)
+            self._movement.read_in_place_bytes += (len(keys) - len(pinned)) * self.slots.block_bytes((layer, 0))
+        try:
+            yield weights
+        finally:
+            with self._changed:
+                for key in pinned:
+                    self.slots.unpin(key)
+            self._proceed()
+
+    def finish(self, batch: int) -> None:
+        """The batch has been executed, or never will be: what it still wanted is no longer wanted."""
+        with self._changed:
+            self._finished.add(batch)
+            ordinal = self._ordinals.pop(batch, None)
+            if ordinal is not None:
+                for layer in range(self._layers):
+                    self._pass(ordinal * self._layers + layer)
+        self._proceed()
+
+    def take(self) -> Movement:
+        """What has moved since the last call."""
+        with self._changed:
+            movement, self._movement = self._movement, Movement(self._layers)
+            return movement
+
+    def close(self) -> None:
+        """Stops the copy thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _pass(self, position: int) -> None:
+        """Takes a position out of the future."""
+        for key in self._wanted.pop(position, ()):
+            self._next_uses[key].remove(position)
+
+    def _proceed(self) -> None:
+        """Something changed: wakes the copy thread, or does its work here."""
+        if self._thread is not None:
+            with self._changed:
+                self._changed.notify_all()
+            return
+        while (copy := self._next_copy()) is not None:
+            self._copy(*copy)
+
+    def _next_copy(self) -> tuple[Key, torch.Tensor] | None:
+        """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
+        with self._changed:
+            while self._queue:
+                position, key = self._queue[0]
+                if position not in self._wanted or key in self.slots:
+                    self._queue.popleft()
+                    continue
+                if not self.slots.has_free:
+                    victim = self._victim(position)
+                    if victim is None:
+                        return None
+                    self.slots.evict(victim)
+                    self._policy.evicted(victim)
+                self._queue.popleft()
+                self._policy.admitted(key)
+                return key, self.slots.admit(key)
+            return None
+
+    def _victim(self, position: int) -> Key | None:
+        """The first by the policy's order that no forward reads and no table wants before `position`."""
+        for key in self._policy.order():
+            uses = self._next_uses[key]
+            if self.slots.is_evictable(key) and (not uses or uses[0] > position):
+                return key
+        return None
+
+    def _copy(self, key: Key, slot: torch.Tensor) -> None:
+        start = time.time_ns()
+        slot.copy_(self._arena.block(*key))
+        end = time.time_ns()
+        with self._changed:
+            self.slots.complete(key)
+            self._movement.copied(start, end, slot.numel())
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not self._closed and (copy := self._next_copy()) is None:
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                self._copy(*copy)
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            raise

@@ -1,0 +1,9 @@
+"""What the store refuses: each error is one line for a person, about something that they gave."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served: missing, truncated, of a wrong shape, or with weights that are not finite."""
+
+
+class SpaceError(ValueError):
+    """A budget or an arena that does not fit; the message names the shortfall in bytes."""

@@ -1,0 +1,147 @@
+"""The device side of the store: equal slots under a byte budget, who is in them, and where each expert is to be read.
+
+Bookkeeping with one allocation under it: no threads, no copies (copies.py has both), no choice of whom to evict (eviction.py).
+A slot is empty, being filled, or ready; a slot that is not empty may be pinned by a forward that reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from store.arena import Arena
+from store.errors import SpaceError
+from store.layout import Key
+
+
+def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> int:
+    """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots.
+
+    Args:
+        expert_bytes: bytes of all experts: what a percentage is of, and the most that is ever taken.
+        free: bytes free on the device for experts; `auto` takes nine tenths of them.
+
+    Raises:
+        SpaceError: not a budget, negative, over 100%, or more than is free.
+    """
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    hint = 'write a size such as "2GiB", a share such as "20%", "0" or "auto"'
+    text = budget.strip()
+    try:
+        if text == "auto":
+            nbytes = free * 9 // 10
+        elif text.endswith("%"):
+            share = float(text[:-1])
+            if not 0 <= share <= 100:
+                raise SpaceError(f"store.budget: {budget!r} is not between 0% and 100%")
+            nbytes = round(expert_bytes * share / 100)
+        else:
+            unit = next((u for u in units if text.endswith(u)), "")
+            nbytes = round(float(text.removesuffix(unit)) * units.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, SpaceError):
+            raise
+        raise SpaceError(f"store.budget: {budget!r} is not a budget; {hint}") from None
+    if nbytes < 0:
+        raise SpaceError(f"store.budget: {budget!r} is negative; {hint}")
+    nbytes = min(nbytes, expert_bytes)
+    if nbytes > free:
+        raise SpaceError(
+            f"store.budget: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short"
+        )
+    return nbytes // slot_bytes
+
+
+class Slots:
+    """`count` slots of the arena's `slot_bytes`, allocated once.
+
+    Attributes:
+        resident_bytes: block bytes of the experts in slots, those being filled included.
+        resident_peak_bytes: the most that this ever was; never above the budget, often below it.
+    """
+
+    def __init__(self, arena: Arena, count: int, device: torch.device):
+        self._arena = arena
+        self._layers = arena.layout.layers
+        slot_bytes = arena.layout.slot_bytes
+        self.memory = torch.empty(count * slot_bytes, dtype=torch.uint8, device=device)
+        self._slots = [self.memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(count)]
+        self._free = list(range(count - 1, -1, -1))
+        self._slot_of: dict[Key, int] = {}
+        self._ready: set[Key] = set()
+        self._pins: Counter[Key] = Counter()
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # (slot or -1 - expert, layer) -> tensors
+        self.resident_bytes = 0
+        self.resident_peak_bytes = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._slots)
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether the expert has a slot, be it still being filled."""
+        return key in self._slot_of
+
+    def is_ready(self, key: Key) -> bool:
+        return key in self._ready
+
+    def is_evictable(self, key: Key) -> bool:
+        return key in self._ready and not self._pins[key]
+
+    def resident(self) -> Counter[int]:
+        """Ready experts per MoE layer."""
+        return Counter(layer for layer, _ in self._ready)
+
+    def admit(self, key: Key) -> torch.Tensor:
+        """Gives the expert a free slot; returns the bytes to fill, uint8 (block bytes,). `complete` must follow."""
+        assert key not in self._slot_of and self._free
+        slot = self._slot_of[key] = self._free.pop()
+        self.resident_bytes += self.block_bytes(key)
+        self.resident_peak_bytes = max(self.resident_peak_bytes, self.resident_bytes)
+        return self._slots[slot][: self.block_bytes(key)]
+
+    def complete(self, key: Key) -> None:
+        """The expert's copy has ended: it may be read from its slot."""
+        assert key in self._slot_of and key not in self._ready
+        self._ready.add(key)
+
+    def evict(self, key: Key) -> None:
+        """Frees the slot. Nothing is copied back: experts are read-only."""
+        assert self.is_evictable(key)
+        self._ready.remove(key)
+        self._free.append(self._slot_of.pop(key))
+        self.resident_bytes -= self.block_bytes(key)
+
+    def pin(self, key: Key) -> None:
+        """Keeps an expert in its slot until `unpin`; it may still be being filled."""
+        assert key in self._slot_of
+        self._pins[key] += 1
+
+    def unpin(self, key: Key) -> None:
+        self._pins[key] -= 1
+        assert self._pins[key] >= 0
+
+    def block_bytes(self, key: Key) -> int:
+        return self._layers[key[0]].block.nbytes
+
+    def weights(self, key: Key, in_slot: bool) -> dict[str, torch.Tensor]:
+        """The pointer table: the expert's tensors, in its slot or in the arena.
+
+        The views are made once per place and kept: a forward asks for hundreds.
+
+        Args:
+            in_slot: read the slot; the caller has pinned it, and it is ready.
+        """
+        layer, expert = key
+        assert not in_slot or (key in self._ready and self._pins[key])
+        place = self._slot_of[key] if in_slot else -1 - expert
+        views = self._views.get((place, layer))
+        if views is None:
+            block = self._slots[place] if in_slot else self._arena.block(layer, expert)
+            views = self._views[place, layer] = self._layers[layer].block.views(block)
+        return views
