@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, function, short: str, long: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(command=function)
         return command
 

@@ -21,7 +21,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 class SwitchTransformersForSequenceClassification(SwitchTransformersPreTrainedModel):
     """Mean of the encoder's outputs over real tokens, then a linear layer. Padding has no part in the mean."""
 
-    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: SwitchTransformersConfig):
         super().__init__(config)
@@ -30,7 +30,7 @@ class SwitchTransformersForSequenceClassification(SwitchTransformersPreTrainedMo
         encoder_config.use_cache = False
         encoder_config.is_encoder_decoder = False
         self.encoder = SwitchTransformersStack(encoder_config)
-        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        self.classifier = nn.Linear(config.d_model, config.num_labels or 2)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

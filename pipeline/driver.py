@@ -31,12 +31,16 @@ FIRST_LOOKAHEAD = 4
 CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
-_durable = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": CALL_RETRIES}
+
+def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
+    """An actor of `cls` that is restarted when it dies, its unanswered calls repeated."""
+    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, **options)
+    return durable(cls).remote(*arguments)
 
 
 def start_store(path: Path, checkpoint: Path, placement: Placement) -> Any:
     """The ExpertStore actor of this machine; two calls at once, so that a build can be asked how far it is."""
-    return ray.remote(ExpertStore).options(**_durable, max_concurrency=2).remote(path, checkpoint, placement)
+    return start_actor(ExpertStore, path, checkpoint, placement, max_concurrency=2)
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Actors:
         """Starts both; `ready` waits for them."""
         embedding = partial(load_embedding, arena.path, spec.model.embedding)
         return cls(
-            ray.remote(Predictor).options(**_durable).remote(predictor, embedding, threads),
-            ray.remote(Executor).options(**_durable, concurrency_groups={"plan": 1}).remote(spec),
+            start_actor(Predictor, predictor, embedding, threads),
+            start_actor(Executor, spec, concurrency_groups={"plan": 1}),
         )
 
     def ready(self) -> None:
@@ -98,9 +102,9 @@ class Window:
 
     def __init__(self, slots: int, lookahead: int | Literal["auto"]):
         self._slots, self._fixed = slots, lookahead
-        self._uses = self._batches = 0
+        self._uses, self._batches = 0.0, 0
 
-    def saw(self, predicted_uses: int) -> None:
+    def saw(self, predicted_uses: float) -> None:
         self._uses += predicted_uses
         self._batches += 1
 

@@ -66,8 +66,8 @@ class BatchStats:
     resident: list[int]
     """Experts in slots per MoE layer, after the batch."""
     resident_peak_bytes: int
-    predicted_uses: int
-    """Distinct (MoE layer, expert) pairs in the batch's table."""
+    predicted_uses: float
+    """Distinct (MoE layer, expert) pairs that the batch's table expects."""
     accuracy: Accuracy = field(default_factory=Accuracy)
     load: list[list[int]] = field(default_factory=list)
     """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
@@ -145,7 +145,7 @@ class Executor:
             stall_ms=moved.stall_ns / 1e6,
             resident=[resident[layer] for layer in layers],
             resident_peak_bytes=self._slots.resident_peak_bytes,
-            predicted_uses=prediction.table.expert_uses if prediction else 0,
+            predicted_uses=prediction.table.expected_uses if prediction else 0,
         )
         if prediction is not None and forward.decisions:
             truth = [layer.top[:, 0] for layer in forward.decisions]

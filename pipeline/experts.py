@@ -47,9 +47,7 @@ class Current:
 class SlotMoE(nn.Module):
     """A MoE layer whose experts are elsewhere."""
 
-    def __init__(
-        self, family: Family, router: nn.Module, layer: int, stream: int, engine: CopyEngine | None, current: Current
-    ):
+    def __init__(self, family: Family, router: nn.Module, layer: int, stream: int, engine: CopyEngine | None, current: Current):
         """
         Args:
             engine: where the experts are; None for a model that is only described.
@@ -76,9 +74,7 @@ class SlotMoE(nn.Module):
         output[real] = self._run(now.batch, tokens, experts, weights)
         return output.reshape(hidden.shape)
 
-    def _run(
-        self, batch: int, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _run(self, batch: int, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
         Args:
             tokens: (tokens, d_model).

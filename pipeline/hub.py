@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from pipeline.errors import ModelError
@@ -65,7 +65,7 @@ def _converted(directory: Path) -> Path:
     if (target / INDEX).exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in shards:
         tensors = torch.load(directory / shard, map_location="cpu", weights_only=True, mmap=True)
         name = Path(shard).with_suffix(".safetensors").name

@@ -72,15 +72,13 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Chec
         raise ModelError(f"{directory / 'config.json'}: not a model config: {' '.join(str(error).split())}") from None
     model_type = pretrained.model_type
     if model_type not in FAMILIES:
-        raise ModelError(
-            f"{directory}: model type {model_type!r} has no experts that are served; served: {', '.join(FAMILIES)}"
-        )
+        raise ModelError(f"{directory}: model type {model_type!r} has no experts that are served; served: {', '.join(FAMILIES)}")
     architecture = (pretrained.architectures or ["none"])[0]
     checkpoint = Checkpoint(directory)
     model, layers, expert_shapes = _skeleton(pretrained, architecture, None, Current(), directory)
     if not layers:
         raise ModelError(f"{directory}: the model has no experts (no sparse layers in config.json): nothing to offload")
-    dtype = config.dtype
+    dtype: str = config.dtype
     if dtype == "auto":
         stored = checkpoint.info(layers[0].experts[0]["wi"]).dtype
         dtype = "float32" if device.type == "cpu" else str(stored).removeprefix("torch.")
@@ -134,7 +132,7 @@ def _skeleton(
     layers = family.moe_layers(model)
     shapes = {name: tuple(model.get_parameter(name).shape) for layer in layers for e in layer.experts for name in e.values()}
     for i, layer in enumerate(layers):
-        router = model.get_submodule(layer.name).router
+        router = model.get_submodule(f"{layer.name}.router")
         model.set_submodule(layer.name, SlotMoE(family, router, i, layer.stream, engine, current))
     return model, layers, shapes
 
@@ -169,13 +167,11 @@ def _backbone(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
 def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> None:
     info = checkpoint.info(name)
     if info.shape != wanted:
-        raise CheckpointError(
-            f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(wanted)}"
-        )
+        raise CheckpointError(f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(wanted)}")
 
 
 def _router_tensors(model: nn.Module, layer: MoELayer) -> list[str]:
-    router = model.get_submodule(layer.name).router
+    router = model.get_submodule(f"{layer.name}.router")
     return [f"router.{name}" for name in router.state_dict()]
 
 
@@ -189,4 +185,3 @@ def load_embedding(arena_path: Path, name: str) -> torch.Tensor:
     embedding = arena.backbone()[name].clone()
     arena.close()
     return embedding
-

@@ -88,9 +88,7 @@ def prepare(config: Config) -> Prepared:
             f"store.directory: {directory}: the arena needs {layout.nbytes} bytes, {free} are free: {in_memory - free} bytes "
             "short; name a larger filesystem, or free some with `python runner.py clean`"
         )
-    slots = parse_budget(
-        config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, available_memory() - in_memory)
-    )
+    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, available_memory() - in_memory))
     tokenizer = _tokenizer(model)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
@@ -99,9 +97,7 @@ def prepare(config: Config) -> Prepared:
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")
-    return Prepared(
-        config, rows, batches, truncated, model, checkpoint, layout, arena, task, slots, digest.hexdigest()[:16]
-    )
+    return Prepared(config, rows, batches, truncated, model, checkpoint, layout, arena, task, slots, digest.hexdigest()[:16])
 
 
 def _tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:

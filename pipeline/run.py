@@ -36,9 +36,7 @@ def run(config: Config) -> dict[str, Any]:
             store = start_store(prepared.arena, prepared.model.directory.resolve(), prepared.model.placement)
             try:
                 arena = _open(store, prepared)
-                actors = Actors.start(
-                    prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1
-                )
+                actors = Actors.start(prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1)
                 actors.ready()
                 entries = _execute(actors, prepared, output, entries)
                 actors.stop()
@@ -56,16 +54,17 @@ def run(config: Config) -> dict[str, Any]:
 
 def _open(store: Any, prepared: Prepared) -> ArenaInfo:
     with _bar("placing experts", prepared.layout.nbytes, unit="B", unit_scale=True) as bar:
-        arena = open_store(store, lambda nbytes: bar.update(nbytes - bar.n) and None)
-        bar.update(bar.total - bar.n)
+
+        def progress(nbytes: int) -> None:
+            bar.update(nbytes - bar.n)
+
+        arena = open_store(store, progress)
     how = "attached a warm arena" if arena.warm_start else "built the arena"
     _say(f"{how}: {arena.path} ({_mb(arena.nbytes)}) in {arena.seconds:.3f} s")
     return arena
 
 
-def _execute(
-    actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns all of the journal's entries.
 
     Under hash routing a second pass asks the model's own routers, to say how far the answers are from exact.

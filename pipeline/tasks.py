@@ -51,7 +51,7 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
         return Score(pad, start if start is not None else pad)
     labels = tuple(config.labels)
     if not spec.is_encoder_decoder:
-        count = spec.config.get("num_labels") or len(spec.config.get("id2label") or {})
+        count = spec.pretrained_config().num_labels
         if count != len(labels):
             raise ConfigError(f"labels: names {len(labels)} labels, the classification head of {spec.directory} has {count}")
         return HeadClassify(labels, pad)
@@ -68,9 +68,7 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
     return TextToTextClassify(labels, pad, start if start is not None else pad, tuple(firsts))
 
 
-def _encode_texts(
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int
-) -> tuple[list[np.ndarray], int]:
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[np.ndarray], int]:
     """Token ids of text and pair, int64 arrays; and how many rows were longer than `max_tokens`."""
     texts = [row.text for row in rows]
     pairs = [row.pair for row in rows] if rows[0].pair is not None else None

@@ -22,7 +22,8 @@ def timeline(stats: list[BatchStats]) -> str:
 
     for number, s in enumerate(stats):
         if s.predict_span:
-            event(s.pid, "predict", f"batch {number}", *s.predict_span, {"expert uses": s.predicted_uses})
+            start, end = s.predict_span
+            event(s.pid, "predict", f"batch {number}", start, end, {"expected expert uses": round(s.predicted_uses, 1)})
         for start, end, experts in s.copy_spans:
             event(s.pid, "copy", f"{experts} experts", start, end, {"experts": experts})
         seen = {"tokens": s.tokens, "hits": sum(s.hits), "misses": sum(s.misses), "stall_ms": s.stall_ms}

@@ -65,9 +65,7 @@ def record(prepared: Prepared) -> traces.Trace:
     return traces.join(parts)
 
 
-def _fit(
-    config: Config, shape: RoutingShape, identity: str, trace: traces.Trace, embedding: torch.Tensor
-) -> Accuracy:
+def _fit(config: Config, shape: RoutingShape, identity: str, trace: traces.Trace, embedding: torch.Tensor) -> Accuracy:
     path, kind = Path(config.predictor.path or ""), config.predictor.kind
     if kind == "oracle":
         traces.save(trace, path, shape, identity)
@@ -83,6 +81,11 @@ def _fit(
     else:
         steps = config.train.epochs * -(-len(rows) // config.train.batch_size)
         with tqdm(total=steps, desc="training", unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+            def on_step(loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.update()
+
             network, accuracy = train_network(
                 training,
                 held_out,
@@ -90,7 +93,7 @@ def _fit(
                 embedding,
                 config.train,
                 config.seed,
-                on_step=lambda loss: (bar.set_postfix(loss=f"{loss:.3f}"), bar.update()) and None,
+                on_step=on_step,
                 on_epoch=partial(_say_epoch, config.train.epochs),
             )
         save_lstm(network, path, shape, identity, accuracy.rates())

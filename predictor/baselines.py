@@ -29,17 +29,18 @@ class Oracle:
                 start = tokens.streams[0][row][:8].tolist()
                 raise PredictorError(f"the trace does not hold the input that begins with token ids {start}")
             rows.append(self._row_of[_name(tokens, row)])
-        experts, scaling = [], []
+        experts, probability, scaling = [], [], []
         for layer, stream in zip(self._trace.layers, self._shape.streams, strict=True):
             lengths, ends = self._trace.tokens.lengths[stream], self._ends[stream]
             pick = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in rows])
             chosen = layer.top[pick, : self._top_k]
             share = layer.probabilities[pick, : self._top_k].astype(np.float32)
-            share[:, self._shape.top_k :] = 0  # further experts are for prefetching only: the router gives them nothing
+            share[:, self._shape.top_k :] = 0  # what the router did not choose, nobody needs
+            probability.append((share > 0).astype(np.float32))
             share /= np.maximum(share.sum(axis=1, keepdims=True), 1e-9)
             experts.append(chosen)
             scaling.append(layer.weight[pick].astype(np.float32)[:, None] * share)
-        return HashTable(tuple(experts), tuple(scaling))
+        return HashTable(tuple(experts), tuple(probability), tuple(scaling))
 
 
 def _name(tokens: TokenBatch, row: int) -> bytes:
@@ -47,17 +48,18 @@ def _name(tokens: TokenBatch, row: int) -> bytes:
 
 
 class Random:
-    """Experts by chance, different for every token, the same for the same batch: as wrong as a prediction can be."""
+    """Experts by chance, sure of every one: as wrong as a prediction can be. The same for the same batch."""
 
     def __init__(self, shape: RoutingShape, top_k: int, seed: int):
         self._shape, self._top_k, self._seed = shape, top_k, seed
 
     def predict(self, tokens: TokenBatch) -> HashTable:
         rng = np.random.default_rng([self._seed, *(int(tokens.flat(s).sum()) for s in range(len(tokens.streams)))])
-        experts, scaling = [], []
+        experts, probability, scaling = [], [], []
         for n, stream in zip(self._shape.experts, self._shape.streams, strict=True):
             count = int(tokens.lengths[stream].sum())
             order = rng.random((count, n)).argsort(axis=1)[:, : self._top_k]
             experts.append(order.astype(np.int16))
+            probability.append(np.ones(order.shape, dtype=np.float32))
             scaling.append(np.full(order.shape, 1 / order.shape[1], dtype=np.float32))
-        return HashTable(tuple(experts), tuple(scaling))
+        return HashTable(tuple(experts), tuple(probability), tuple(scaling))

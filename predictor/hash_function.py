@@ -4,7 +4,7 @@ Compress -> 2-layer LSTM -> self-attention with sparsemax (few positions matter 
 embedding -> one head per MoE layer. It sees nothing of the model but its input embeddings, so it can run long before it.
 
 What is added to the paper's: a second output per MoE layer for the scaling factor, which the paper reads off the expert's
-softmax although that is trained for order rather than for size; and the decoder's tokens, which follow the encoder's in one sequence.
+softmax although that is trained for order rather than for size; and the decoder's tokens, which follow the encoder's.
 """
 
 from __future__ import annotations

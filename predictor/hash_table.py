@@ -17,28 +17,32 @@ class HashTable:
 
     Attributes:
         experts: per MoE layer int16 (tokens, top_k), most probable first.
+        probability: per MoE layer float32 (tokens, top_k): how likely the router is to choose that expert for that token.
         scaling: per MoE layer float32 (tokens, top_k); hash routing computes sum_k scaling_k * expert_k(token).
     """
 
     experts: tuple[np.ndarray, ...]
+    probability: tuple[np.ndarray, ...]
     scaling: tuple[np.ndarray, ...]
 
     @cached_property
-    def uses(self) -> tuple[tuple[int, ...], ...]:
-        """Per MoE layer the experts that any token may need, those wanted by most tokens first."""
-        return tuple(by_demand(experts) for experts in self.experts)
+    def uses(self) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """Per MoE layer (expert, probability that any token needs it), likeliest first."""
+        return tuple(_uses(experts, p) for experts, p in zip(self.experts, self.probability, strict=True))
 
     @property
-    def expert_uses(self) -> int:
-        """Distinct (MoE layer, expert) pairs: what this batch asks of the store."""
-        return sum(len(experts) for experts in self.uses)
+    def expected_uses(self) -> float:
+        """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
+        return sum(p for layer in self.uses for _, p in layer)
 
 
-def by_demand(experts: np.ndarray) -> tuple[int, ...]:
-    """Distinct experts in an int array of any shape, the most frequent first; -1 (no expert) left out."""
-    counts = np.bincount(experts[experts >= 0])
-    used = np.flatnonzero(counts)
-    return tuple(int(e) for e in used[np.argsort(-counts[used], kind="stable")])
+def _uses(experts: np.ndarray, probability: np.ndarray) -> tuple[tuple[int, float], ...]:
+    """1 - the probability that no token needs the expert, tokens taken as independent."""
+    nobody = np.bincount(experts.ravel(), np.log1p(-np.minimum(probability.ravel(), 1 - 1e-6)))  # (highest expert + 1,)
+    named = np.unique(experts)
+    somebody = -np.expm1(nobody[named])
+    order = np.argsort(-somebody, kind="stable")
+    return tuple((int(named[i]), float(somebody[i])) for i in order)
 
 
 def from_probabilities(probabilities: list[np.ndarray], scale: list[np.ndarray], top_k: int) -> HashTable:
@@ -48,13 +52,14 @@ def from_probabilities(probabilities: list[np.ndarray], scale: list[np.ndarray],
         probabilities: per MoE layer float32 (tokens, experts); rows need not add to 1.
         scale: per MoE layer float32 (tokens,): the predicted sum of the router's weights for the token.
     """
-    experts, scaling = [], []
+    experts, kept, scaling = [], [], []
     for p, alpha in zip(probabilities, scale, strict=True):
         k = min(top_k, p.shape[1])
         best = np.argpartition(-p, k - 1, axis=1)[:, :k] if k < p.shape[1] else np.tile(np.arange(k), (len(p), 1))
         best = np.take_along_axis(best, np.argsort(-np.take_along_axis(p, best, 1), axis=1, kind="stable"), 1)
-        share = np.take_along_axis(p, best, 1)
-        share = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-9)
+        probability = np.take_along_axis(p, best, 1)
+        share = probability / np.maximum(probability.sum(axis=1, keepdims=True), 1e-9)
         experts.append(best.astype(np.int16))
+        kept.append(probability.astype(np.float32))
         scaling.append((alpha[:, None] * share).astype(np.float32))
-    return HashTable(tuple(experts), tuple(scaling))
+    return HashTable(tuple(experts), tuple(kept), tuple(scaling))

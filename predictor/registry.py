@@ -78,9 +78,7 @@ def save_token_table(table: TokenTable, path: Path, identity: str, metrics: dict
     _save(tensors, path, "token_table", table.shape, identity, metrics)
 
 
-def _save(
-    tensors: dict[str, np.ndarray], path: Path, kind: str, shape: RoutingShape, identity: str, metrics: dict
-) -> None:
+def _save(tensors: dict[str, np.ndarray], path: Path, kind: str, shape: RoutingShape, identity: str, metrics: dict) -> None:
     metadata = {"kind": kind, "identity": identity, "shape": json.dumps(vars(shape)), "metrics": json.dumps(metrics)}
     traces.save_atomically(tensors, path, metadata)
 
@@ -96,8 +94,8 @@ def _load_lstm(spec: PredictorSpec, embedding: Callable[[], torch.Tensor]) -> Ha
 def _load_token_table(spec: PredictorSpec, embedding: Callable[[], torch.Tensor]) -> HashPredictor:
     tensors, _ = traces.load_checked(_path(spec), "token_table", spec.identity)
     layers = range(spec.shape.layers)
-    columns = ([tensors[f"{name}.{layer}"] for layer in layers] for name in ("experts", "shares", "scale"))
-    return TokenTable(spec.shape, *columns, spec.top_k)
+    experts, shares, scale = ([tensors[f"{name}.{layer}"] for layer in layers] for name in ("experts", "shares", "scale"))
+    return TokenTable(spec.shape, experts, shares, scale, spec.top_k)
 
 
 def _load_oracle(spec: PredictorSpec, embedding: Callable[[], torch.Tensor]) -> HashPredictor:

@@ -65,12 +65,13 @@ class TokenTable:
         return cls(shape, experts, shares, scales, top_k)
 
     def predict(self, tokens: TokenBatch) -> HashTable:
-        tables, scaling = [], []
+        experts, probability, scaling = [], [], []
         for layer, stream in enumerate(self.shape.streams):
             ids = tokens.flat(stream)
             local = from_probabilities(
                 [self.shares[layer][ids].astype(np.float32)], [self.scale[layer][ids].astype(np.float32)], self.top_k
             )
-            tables.append(np.take_along_axis(self.experts[layer][ids], local.experts[0].astype(np.int64), 1))
+            experts.append(np.take_along_axis(self.experts[layer][ids], local.experts[0].astype(np.int64), 1))
+            probability.append(local.probability[0])
             scaling.append(local.scaling[0])
-        return HashTable(tuple(tables), tuple(scaling))
+        return HashTable(tuple(experts), tuple(probability), tuple(scaling))

@@ -49,9 +49,7 @@ class Trace:
 def join(traces: list[Trace]) -> Trace:
     """One trace of all rows, in the order given."""
     first = traces[0]
-    streams = tuple(
-        tuple(row for trace in traces for row in trace.tokens.streams[s]) for s in range(len(first.tokens.streams))
-    )
+    streams = tuple(tuple(row for trace in traces for row in trace.tokens.streams[s]) for s in range(len(first.tokens.streams)))
     fields = ("top", "probabilities", "weight")
     layers = tuple(
         LayerTrace(*(np.concatenate([getattr(trace.layers[i], name) for trace in traces]) for name in fields))
@@ -98,8 +96,7 @@ def load(path: Path, shape: RoutingShape, identity: str) -> Trace:
         ends = np.cumsum(tensors[f"lengths.{s}"])[:-1]
         streams.append(tuple(np.split(tensors[f"ids.{s}"].astype(np.int64), ends)))
     layers = tuple(
-        LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"])
-        for i in range(shape.layers)
+        LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"]) for i in range(shape.layers)
     )
     return Trace(TokenBatch(tuple(streams)), layers)
 

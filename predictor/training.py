@@ -92,9 +92,7 @@ def distillation_loss(
     return torch.stack(losses).mean()
 
 
-def layer_loss(
-    logits: torch.Tensor, scale: torch.Tensor, truth: LayerTrace, settings: TrainSettings
-) -> torch.Tensor:
+def layer_loss(logits: torch.Tensor, scale: torch.Tensor, truth: LayerTrace, settings: TrainSettings) -> torch.Tensor:
     """
     Args:
         logits: (tokens, experts).
@@ -126,7 +124,7 @@ def evaluate(predictor: TablePredictor, trace: Trace, shape: RoutingShape, rows_
 
 def _batches(trace: Trace, shape: RoutingShape, size: int, rng: np.random.Generator) -> Iterator[Trace]:
     """Shuffled batches of rows of similar length, so that little is padded."""
-    lengths = sum(trace.tokens.lengths)
+    lengths = np.sum(trace.tokens.lengths, axis=0)
     noisy = lengths * rng.uniform(0.9, 1.1, len(lengths))
     order = np.argsort(noisy)
     starts = np.arange(0, len(order), size)

@@ -48,9 +48,7 @@ class ExpertStore:
             start = time.perf_counter()
             self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
             self._seconds = time.perf_counter() - start
-        return ArenaInfo(
-            self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds
-        )
+        return ArenaInfo(self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds)
 
     def placed_bytes(self) -> int:
         """Bytes placed so far by a build under way, for a progress bar."""

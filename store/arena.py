@@ -83,6 +83,7 @@ class Arena:
     def close(self) -> None:
         """Gives up the lock; the memory goes when the last view of it does."""
         if self._fd is not None:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # not left to os.close: the mapping has a duplicate of the descriptor
             os.close(self._fd)
             self._fd = None
 
@@ -92,9 +93,7 @@ class Arena:
         return _unlink_if_unused(self.path) is not None
 
 
-def build(
-    path: Path, layout: ArenaLayout, identity: str, fill: Callable[[torch.Tensor], None], poll_s: float = 0.05
-) -> Arena:
+def build(path: Path, layout: ArenaLayout, identity: str, fill: Callable[[torch.Tensor], None], poll_s: float = 0.05) -> Arena:
     """Attaches the arena at `path`, building it first if there is none.
 
     One builder at a time: the others wait and attach. Whatever ends a builder, the file under the final name is whole or absent.

@@ -166,7 +166,7 @@ class Checkpoint:
 
 
 def _read_exactly(info: TensorInfo, name: str, out: torch.Tensor) -> None:
-    buffer = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+    buffer = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
     with info.file.open("rb", buffering=0) as f:
         done = 0
         while done < info.nbytes:

@@ -27,6 +27,9 @@ from store.eviction import Policy
 from store.layout import Key
 from store.slots import Slots
 
+WORTH_COPYING = 0.5
+"""Probability of use. A copy costs a block's bytes for certain, reading in place costs them if the expert is needed at all."""
+
 
 @dataclass
 class Movement:
@@ -78,8 +81,10 @@ class CopyEngine:
             self._thread = threading.Thread(target=self._work, name="copy", daemon=True)
             self._thread.start()
 
-    def plan(self, batch: int, uses: Sequence[Sequence[int]]) -> None:
-        """Queues a batch's predicted experts, per MoE layer, most wanted first.
+    def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """Queues a batch's predicted experts, per MoE layer (expert, probability that it is needed), likeliest first.
+
+        Those that are less likely needed than `WORTH_COPYING` are left to be read in place.
 
         Does nothing for a batch that is planned or finished already: word of it may come late, or twice.
         """
@@ -89,7 +94,7 @@ class CopyEngine:
             self._ordinals[batch] = self._planned
             for layer, experts in enumerate(uses):
                 position = self._planned * self._layers + layer
-                self._wanted[position] = [(layer, expert) for expert in experts]
+                self._wanted[position] = [(layer, expert) for expert, p in experts if p >= WORTH_COPYING]
                 for key in self._wanted[position]:
                     self._queue.append((position, key))
                     self._next_uses[key].append(position)
@@ -211,9 +216,11 @@ class CopyEngine:
         try:
             while True:
                 with self._changed:
-                    while not self._closed and (copy := self._next_copy()) is None:
+                    copy = self._next_copy()
+                    while copy is None and not self._closed:
                         self._changed.wait()
-                    if self._closed:
+                        copy = self._next_copy()
+                    if copy is None:
                         return
                 self._copy(*copy)
         except BaseException as error:

@@ -70,9 +70,7 @@ def routers_identity(checkpoint: Checkpoint, placement: Placement) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(
-    path: Path, checkpoint: Checkpoint, placement: Placement, progress: Callable[[int], None] = lambda nbytes: None
-) -> Arena:
+def load(path: Path, checkpoint: Checkpoint, placement: Placement, progress: Callable[[int], None] = lambda nbytes: None) -> Arena:
     """Streams a checkpoint into a new arena at `path`, or attaches the one that another process built meanwhile.
 
     Args:

@@ -47,9 +47,7 @@ def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> 
         raise SpaceError(f"store.budget: {budget!r} is negative; {hint}")
     nbytes = min(nbytes, expert_bytes)
     if nbytes > free:
-        raise SpaceError(
-            f"store.budget: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short"
-        )
+        raise SpaceError(f"store.budget: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short")
     return nbytes // slot_bytes
 
 

@@ -1,0 +1,105 @@
+"""What tests share: small real models made on the spot, and directories of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "assets" / "switch-mini-64"
+SENTENCES = (
+    "a quiet film that earns its tears",
+    "the plot is a mess",
+    "never dull, often funny, and in the end surprisingly moving",
+    "too long",
+    "it has charm to spare and a cast that knows what to do with it",
+    "I wanted my money back after ten minutes of this",
+    "good",
+)
+
+
+def switch_config(**changes):
+    """A Switch Transformer of a few hundred KiB: 2 MoE layers in the encoder, 1 in the decoder, 8 experts each."""
+    from transformers import SwitchTransformersConfig
+
+    settings = {
+        "vocab_size": 8192, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4,
+        "num_layers": 4, "num_sparse_encoder_layers": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1,
+        "num_experts": 8, "expert_capacity": 64, "dropout_rate": 0.0, "router_jitter_noise": 0.0,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return SwitchTransformersConfig(**settings | changes)
+
+
+def save_switch(directory: Path, seed: int = 0, head: bool = False, max_shard_size: str = "5GB", **changes):
+    """Writes a random Switch checkpoint with a tokenizer, as published ones are; returns the model, whole, float32, eval.
+
+    Routing of a random model spreads over the experts because embeddings and routers are wide (N(0, 1)).
+    """
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    from pipeline.classifier import SwitchTransformersForSequenceClassification
+
+    torch.manual_seed(seed)
+    cls = SwitchTransformersForSequenceClassification if head else SwitchTransformersForConditionalGeneration
+    model = cls(switch_config(**changes)).eval()
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, directory)
+    return model
+
+
+@pytest.fixture
+def switch(tmp_path: Path) -> Callable:
+    """Makes a checkpoint in a new directory: switch(**changes) -> (directory, whole model)."""
+    made = 0
+
+    def make(**changes):
+        nonlocal made
+        made += 1
+        directory = tmp_path / f"switch-{made}"
+        return directory, save_switch(directory, **changes)
+
+    return make
+
+
+@pytest.fixture
+def arena_dir(tmp_path: Path) -> Path:
+    """A store.directory that no other test sees."""
+    directory = tmp_path / "arenas"
+    directory.mkdir()
+    return directory
+
+
+def write_tsv(path: Path, sentences=SENTENCES, labels=(0, 1)) -> Path:
+    """sentence, label; labels taken in turn."""
+    lines = ["sentence\tlabel", *(f"{s}\t{labels[i % len(labels)]}" for i, s in enumerate(sentences))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def config_data(model: Path, data: Path, arenas: Path, output: Path, **changes) -> dict:
+    """The plain data of a config for a small run; `changes` are top-level keys."""
+    return {
+        "task": "classify",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"path": str(data), "text": "sentence", "label": "label"},
+        "labels": {"0": "negative", "1": "positive"},
+        "batch": {"size": 2, "order": "input"},
+        "predictor": {"kind": "random", "top_k": 2},
+        "store": {"budget": "40%", "policy": "lru", "directory": str(arenas)},
+        "output_dir": str(output),
+    } | changes
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
