@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_with_config("run", _run, "classify or score a data set", RUN)
     add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
+    add_with_config("bench", _bench, "compare systems on one workload", BENCH)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
     clean.add_argument(
         "directory", nargs="?", type=Path, default=Path("/dev/shm"), help="the store.directory to clean (default: /dev/shm)"
@@ -80,6 +81,10 @@ names (lstm or token_table) on it, and writes predictor.path.
 
 Shows top-1 and top-3 per MoE layer on rows that are held out of training (train.holdout)."""
 
+BENCH = """\
+Runs the config's data several times through Ray's pipeline and through direct calls of the same Executor, in turn, with
+recorded tables and one compute thread, and writes output_dir/bench.json."""
+
 CLEAN = """\
 Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,
 and what a killed run left behind. Says what it freed."""
@@ -97,6 +102,13 @@ def _train(options: argparse.Namespace) -> None:
     from pipeline.train import train
 
     train(load_config(options.config, options.overrides))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pipeline.bench import bench
+    from pipeline.config import load_config
+
+    bench(load_config(options.config, options.overrides))
 
 
 def _clean(options: argparse.Namespace) -> None:

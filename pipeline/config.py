@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -176,6 +179,8 @@ def _convert(hint: Any, value: Any, source: str, at: str) -> Any:
     if at == "store.budget" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # bytes: `budget: 0` is a number to YAML
     if at == "labels" and isinstance(value, dict):
+        if any(isinstance(item, bool) for item in [*value, *value.values()]):
+            raise ConfigError(f"{source}: 'labels' is {value!r}: YAML reads yes, no, on and off as true or false; quote them")
         return {str(key): str(word) for key, word in value.items()}
     if not _fits(hint, value):
         raise ConfigError(f"{source}: {at!r} is {value!r}; it must be {_describe(hint)}")
@@ -243,6 +248,8 @@ def _check(config: Config, source: str) -> None:
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
+    require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")
+    require(0 <= config.seed < 2**63, f"'seed' is {config.seed}; it must be 0 or more, and below 2**63")
     require(0 < config.train.holdout < 1, f"'train.holdout' is {config.train.holdout}; it must be between 0 and 1")
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):

@@ -77,6 +77,8 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
         raw = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
     rows = []
     texts = config.text if isinstance(config.text, list) else [config.text]
     for number, record in enumerate(_records(path, _decode(path, raw)), start=1):
@@ -85,9 +87,14 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
 
         def cell(column: str, number: int = number, record: dict[str, Any] = record) -> str:
             if record.get(column) is None:
-                found = ", ".join(str(name) for name in record if name is not None)
+                found = ", ".join(str(name) for name in record if record[name] is not None)
                 raise DataError(f"{path}: row {number} has no column {column!r}; it has: {found}")
-            return str(record[column])
+            if isinstance(record[column], list | dict):
+                raise DataError(f"{path}: row {number}: {column!r} is {record[column]!r}, not text")
+            value = str(record[column])
+            if value.encode(errors="ignore").decode() != value:  # JSON can write half a surrogate pair
+                raise DataError(f"{path}: row {number}: {column!r} is not Unicode text: {value!r}")
+            return value
 
         fields = [cell(column) for column in texts] + ([cell(config.target)] if config.target else [])
         for column, value in zip([*texts, config.target], fields, strict=False):
@@ -115,7 +122,7 @@ def _decode(path: Path, raw: bytes) -> str:
 
 def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
     # not str.splitlines: U+2028 and the like are characters of a sentence
-    lines = text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     if path.suffix == ".txt":
         yield from ({"text": line} for line in lines)
     elif path.suffix == ".jsonl":
@@ -130,10 +137,14 @@ def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
     else:
         csv.field_size_limit(2**30)  # the module's default refuses a passage of 128 KiB
         # a .tsv as GLUE's files: no quoting, a quotation mark is a character
-        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        reader = csv.DictReader(io.StringIO(text, newline=""), **style)
+        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+        reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), **style)
         try:
-            yield from reader
+            header = next(reader, [])
+            for number, cells in enumerate(reader, start=1):
+                if len(cells) != len(header):
+                    raise DataError(f"{path}: row {number} has {len(cells)} columns, the first line has {len(header)}")
+                yield dict(zip(header, cells, strict=True))
         except csv.Error as error:
             raise DataError(f"{path}: line {reader.line_num} cannot be read: {error}") from None
 

@@ -67,16 +67,19 @@ class Actors:
         """
         result([self.predictor.ready.remote(), self.executor.ready.remote()])
 
-    def stop(self) -> None:
-        """Ends both: the Executor gives up the arena before it goes."""
+    def finish(self) -> None:
+        """All is done: the Executor gives up the arena."""
         result(self.executor.close.remote())
+
+    def stop(self) -> None:
+        """Ends both, whatever they are doing; their locks on the arena go with their processes, shortly after."""
         for actor in (self.executor, self.predictor):
             ray.kill(actor)
 
     def submit(self, batch: Batch, routing: str) -> ray.ObjectRef:
         """Sends a batch on its way: predicted, planned, executed."""
         prediction = self.predictor.predict.remote(batch.tokens)
-        self.executor.plan.options(concurrency_group="plan").remote(batch.index, prediction)
+        self.executor.plan.options(concurrency_group="plan").remote(batch.index, prediction, routing)
         return self.executor.execute.remote(batch, prediction, routing)
 
 

@@ -108,9 +108,10 @@ class Executor:
         """The process id: answers once the model stands."""
         return os.getpid()
 
-    def plan(self, batch: int, prediction: Prediction) -> None:
+    def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
-        self._engine.plan(batch, prediction.table.uses)
+        table = prediction.table
+        self._engine.plan(batch, table.certain_uses if routing == "hash" else table.uses)
 
     @torch.inference_mode()
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
@@ -121,7 +122,7 @@ class Executor:
         """
         start = time.time_ns()
         if prediction is not None:
-            self._engine.plan(batch.index, prediction.table.uses)
+            self.plan(batch.index, prediction, routing)
         forward = self._forward(batch, prediction, routing)
         try:
             results = self._spec.task.run(self._model, batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def _converted(directory: Path) -> Path:
     """A directory with the same model in safetensors, in the user's cache; made on the first call."""
     shards = [PICKLED]
     if (directory / PICKLED_INDEX).exists():
-        shards = sorted(set(json.loads((directory / PICKLED_INDEX).read_text())["weight_map"].values()))
+        shards = _pickled_shards(directory)
     identity = repr([(s, (directory / s).stat().st_size, (directory / s).stat().st_mtime_ns) for s in shards])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sida-moe"
     target = cache / hashlib.sha256((str(directory.resolve()) + identity).encode()).hexdigest()[:16]
@@ -67,7 +68,7 @@ def _converted(directory: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for shard in shards:
-        tensors = torch.load(directory / shard, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _read_pickled(directory / shard)
         name = Path(shard).with_suffix(".safetensors").name
         beside = target / f".{name}.{os.getpid()}"
         save_file({key: value.clone().contiguous() for key, value in tensors.items()}, beside)  # clone: no shared storage
@@ -80,3 +81,33 @@ def _converted(directory: Path) -> Path:
     beside.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     os.replace(beside, target / INDEX)  # last: its presence says that all is there
     return target
+
+
+def _pickled_shards(directory: Path) -> list[str]:
+    index = directory / PICKLED_INDEX
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of shards ({error})") from None
+    for shard in shards:
+        if not (directory / shard).is_file():
+            raise ModelError(f"{index}: names the shard {shard}, which is not there")
+    return shards
+
+
+def _read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .bin file; whatever else is in it is not run.
+
+    Raises:
+        ModelError: damaged, or holds anything but named tensors.
+    """
+    try:
+        # before torch 1.6 they were no zip archives, and only those can be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged pickle can raise anything; torch's own text tells how to run a malicious one
+        raise ModelError(
+            f"{file}: damaged, or holds more than tensors, which is not run ({type(error).__name__}); get the model as safetensors"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{file}: holds something else than tensors by name; get the model as safetensors")
+    return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
             "ms_per_batch": round(sum(predicting) / max(len(predicting), 1), 3),
         },
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
-        "executors": len({s.pid for s in stats}),
+        "executor_restarts": _restarts(stats),
     }
 
 
@@ -86,6 +87,11 @@ def fidelity(
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def _restarts(stats: list[BatchStats]) -> int:
+    """How often one Executor took over from another, the sittings of a resumed run included."""
+    return sum(a.pid != b.pid for a, b in pairwise(stats))
 
 
 def _sum(rows: list[list[int]]) -> list[int]:

@@ -24,6 +24,7 @@ from store.arena import available_memory, free_bytes
 from store.checkpoint import Checkpoint
 from store.errors import SpaceError
 from store.layout import ArenaLayout
+from store.load import routers_identity
 from store.slots import parse_budget
 
 
@@ -93,7 +94,7 @@ def prepare(config: Config) -> Prepared:
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
     batches = make_batches(encoded, config.batch)
-    digest = hashlib.sha256(arena.name.encode())
+    digest = hashlib.sha256(routers_identity(checkpoint, model.placement).encode())  # not the arena's name: files get copied
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from tqdm import tqdm
 
 from pipeline.cluster import cluster
@@ -19,6 +20,9 @@ from pipeline.prepare import Prepared, prepare
 from pipeline.report import report
 from pipeline.timeline import timeline
 from store.actor import ArenaInfo
+
+PATIENCE_S = 5.0
+"""How long the arena's removal waits for the Executor's process to end."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -34,14 +38,18 @@ def run(config: Config) -> dict[str, Any]:
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
             store = start_store(prepared.arena, prepared.model.directory.resolve(), prepared.model.placement)
+            actors = None
             try:
                 arena = _open(store, prepared)
                 actors = Actors.start(prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1)
                 actors.ready()
                 entries = _execute(actors, prepared, output, entries)
-                actors.stop()
+                actors.finish()
             finally:
-                result(store.close.remote(config.store.keep))
+                if actors is not None:
+                    actors.stop()
+                result(store.close.remote(config.store.keep, PATIENCE_S))
+                ray.kill(store)
         metrics = _metrics(prepared, entries, arena)
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
@@ -168,6 +176,8 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
+    if metrics["executor_restarts"]:
+        _say(f"the Executor was started again {metrics['executor_restarts']} times; no row is lost")
     if metrics["prediction"]["top1"] is not None:
         top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
         _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")

@@ -1,7 +1,7 @@
-"""Small charts as inline SVG: areas over time, lines, horizontal bars, scatter plots, lanes. No script, nothing from elsewhere.
+"""Small charts as inline SVG, and the look of the page around them: no script, no font, nothing from elsewhere.
 
-Knows scales, ticks and text; nothing of experts or batches. A colour is any CSS colour, usually a variable of the page, so that a
-picture turns dark with its page. One unit is one CSS pixel where a picture is shown at its own width. Letters would shrink with a
+Knows scales, ticks and text; nothing of experts or batches. A colour is any CSS colour, mostly a variable of STYLE, so that a
+picture turns dark with its page. A unit is a CSS pixel where a picture is shown at its own width. Letters would shrink with a
 wide picture on a phone, so `responsive` draws it twice and STYLE shows the one that fits.
 """
 
@@ -12,102 +12,117 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WIDE, NARROW, PANEL = 960, 380, 220
-"""Widths: across a page, across a phone, one of several side by side."""
+WIDE, NARROW, PANEL = 960, 360, 220
+"""Widths of pictures: across a page, across a phone, one of several side by side."""
 
 STYLE = """
-svg{display:block;width:100%;max-width:100%;height:auto;overflow:visible}
-svg text{font-size:12px;fill:var(--muted);font-variant-numeric:tabular-nums}
-svg .strong{fill:var(--ink);font-weight:600}
-svg .on{fill:#fff;font-size:10px}
-svg .grid{stroke:var(--line);stroke-width:1}
-svg .rule{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:6 4}
-svg .break{stroke:var(--muted);stroke-width:1;stroke-dasharray:2 3}
-svg .area{stroke:var(--card);stroke-width:1}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-svg .dot{stroke:var(--card);stroke-width:1;fill-opacity:.85}
-svg .track{fill:var(--track)}
+:root{color-scheme:light dark;--page:#f4f5f8;--card:#fff;--ink:#18202c;--muted:#5f6b7c;--line:#e3e7ed;--track:#edf0f4;
+--early:#35a892;--late:#41399c;--predict:#b07a10;--copy:#d1583a;--compute:#3573cf;--stall:#8a94a3;--demand:#9c4fa8}
+@media (prefers-color-scheme:dark){:root{--page:#0f1319;--card:#181e27;--ink:#e8ecf2;--muted:#98a4b5;--line:#2b333f;
+--track:#252d39;--early:#2b8f7d;--late:#a3a0f5;--predict:#c08a20;--copy:#dc6a4c;--compute:#4a86dd;--stall:#7d8797;--demand:#b46bc0}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI","Noto Sans",sans-serif}
+main{max-width:1042px;margin:0 auto;padding:28px 20px 40px}
+h1{font-size:26px;line-height:1.2;margin:0;overflow-wrap:anywhere}h2{font-size:18px;line-height:1.3;margin:0 0 4px}
+h3{font-size:14px;margin:0 0 8px}p{margin:0 0 16px;color:var(--muted);max-width:100ch;overflow-wrap:anywhere}
+section,.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px;margin:16px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:10px}
+.tile{padding:12px 14px;margin:0;font-variant-numeric:tabular-nums;font-size:13px;line-height:1.35;color:var(--muted)}
+.tile b{display:block;font-size:23px;font-weight:650;color:var(--ink);overflow-wrap:anywhere}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;color:var(--muted);margin:0 0 10px}
+.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:28px 24px}.panels svg+svg{margin-top:10px}
+h1+p{margin-top:6px}footer{font-size:13px}footer p{max-width:none;margin:0 0 6px}
+svg{display:block;width:100%;height:auto;overflow:visible}
+svg text{font-size:12px;fill:var(--muted);font-variant-numeric:tabular-nums}svg .strong{fill:var(--ink);font-weight:600}
+svg .on{fill:#fff;font-size:10px}svg .grid{stroke:var(--line)}
+svg .rule{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:6 4}svg .hint{stroke:var(--muted);stroke-dasharray:2 3}
+svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .dot{stroke:var(--card);fill-opacity:.85}
 .narrow{display:none}
-@media (max-width:700px){.wide{display:none}.narrow{display:block}}
+@media (max-width:700px){.wide{display:none}.narrow{display:block}main{padding:18px 12px}section{padding:14px}h1{font-size:22px}
+.tiles{grid-template-columns:1fr 1fr}.panels{grid-template-columns:1fr 1fr;gap:24px 16px}.tile b{font-size:19px}}
 """
 
 
 def escape(value: object) -> str:
-    """Text for HTML and SVG, within attributes too; characters that neither may hold become U+FFFD."""
+    """Text for HTML and SVG, within attributes too; characters that these may not hold become U+FFFD."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value)))
 
 
 def responsive(draw: Callable[[int], str]) -> str:
-    """A picture for wide pages and for phones.
-
-    Args:
-        draw: the picture of a given width.
-    """
+    """Both versions of a picture; `draw` makes it in the width that it is given."""
     return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
 
 
+def sample(count: int, most: int, weight: Callable[[int], float] | None = None) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly: of each stretch the heaviest, else the first and the last too."""
+    size = max(1, math.ceil(count / most))
+    return [max(range(i, min(i + size, count)), key=weight or (lambda i: i or count)) for i in range(0, count, size)]
+
+
 def ticks(high: float, count: int, least: float = 0.0) -> list[float]:
-    """About `count` round numbers from 0 to at most `high`, at least `least` apart."""
+    """About `count` round numbers from 0 to at most `high` > 0, at least `least` apart."""
     raw = high / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = max(power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999), least)
+    step = max(next(m * power for m in (1, 2, 5, 10, 20) if m * power >= raw), least)
     return [i * step for i in range(math.floor(high / step * 1.0001) + 1)]
 
 
 class Drawing:
     """One SVG: elements in the order in which they were added."""
 
-    def __init__(self, width: int, height: float, label: str):
+    def __init__(self, width: float, height: float, label: str):
         """label: what a screen reader says of the picture."""
         self.width, self.height, self._label = width, height, label
         self._parts: list[str] = []
 
     def add(self, tag: str, kind: str = "", title: str = "", text: str = "", **attributes: float | str) -> None:
-        """Adds an element of CSS class `kind`, with a tooltip; in attribute names `_` stands for `-`."""
+        """Adds an element of CSS class `kind` with a tooltip; `_` in the names of attributes stands for `-`."""
         written = f' class="{kind}"' if kind else ""
         for name, value in attributes.items():
-            value = escape(value) if isinstance(value, str) else _short(value)
-            written += f' {name.replace("_", "-")}="{value}"'
+            written += f' {name.replace("_", "-")}="{escape(value) if isinstance(value, str) else _short(value)}"'
         inner = (f"<title>{escape(title)}</title>" if title else "") + escape(text)
         self._parts.append(f"<{tag}{written}>{inner}</{tag}>" if inner else f"<{tag}{written}/>")
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
-        """anchor: which end of the text is at x: start, middle or end."""
+        """anchor: which part of the text is at x: start, middle or end."""
         self.add("text", kind, text=text, x=x, y=y, text_anchor=anchor)
 
+    def line(self, kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
+        self.add("line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
+
+    def rect(self, x: float, y: float, width: float, height: float, radius: float, fill: str, title: str = "") -> None:
+        self.add("rect", title=title, x=x, y=y, width=width, height=height, rx=radius, fill=fill)
+
     def svg(self) -> str:
-        box = f'viewBox="0 0 {self.width} {_short(self.height)}"'
+        box = f'viewBox="0 0 {_short(self.width)} {_short(self.height)}"'
         return f'<svg {box} role="img" aria-label="{escape(self._label)}">{"".join(self._parts)}</svg>'
 
 
 class Plot(Drawing):
-    """A drawing with two axes from 0; `x` and `y` turn values into units."""
+    """A drawing with two axes that begin at 0; `x` and `y` turn values into units."""
 
-    def __init__(
-        self, size: tuple[int, int], highs: tuple[float, float], titles: tuple[str, str], label: str, unit: str = "", whole_x: bool = False
-    ):
+    def __init__(self, size: tuple[int, int], highs: tuple[float, float], titles: tuple[str, str], label: str, unit: str = ""):
         """
         Args:
             size: width and height.
-            highs: the ends of the x and the y axis, > 0.
+            highs: where the x and the y axis end, > 0.
             titles: of the x and the y axis.
-            unit: follows the numbers on the y axis.
-            whole_x: only whole numbers on the x axis; on the y axis it is always so.
+            unit: follows the numbers on the y axis, which are whole.
         """
-        super().__init__(*size, label)
         width, height = size
+        super().__init__(width, height, label)
         self._highs = highs
-        y_ticks = ticks(highs[1], max(2, height // 60), 1)
-        self.left, self.right = 12 + 7 * len(_number(y_ticks[-1]) + unit), width - 8
-        self.top, self.bottom = 26, height - 36
-        for value in y_ticks:
-            self.add("line", "grid", x1=self.left, x2=self.right, y1=self.y(value), y2=self.y(value))
-            self.text(self.left - 7, self.y(value) + 4, _number(value) + unit, anchor="end")
-        x_ticks = ticks(highs[0], max(2, width // 100), 1 if whole_x else 0)
-        for value in x_ticks:
+        heights = {value: f"{_number(value)}{unit}" for value in ticks(highs[1], max(3, height // 60), 1)}
+        self.left, self.right = 10 + 7 * max(map(len, heights.values())), width - 8
+        self.top, self.bottom = 28, height - 36
+        for value, text in heights.items():
+            self.line("grid", self.left, self.y(value), self.right, self.y(value))
+            self.text(self.left - 7, self.y(value) + 4, text, anchor="end")
+        for value in ticks(highs[0], max(3, min(8, width // 70))):
             self.text(self.x(value), self.bottom + 16, _number(value), anchor="middle")
         self.text(0, 11, titles[1])
-        self.text(self.right, height - 4, titles[0], anchor="end")
+        self.text(self.right, height - 3, titles[0], anchor="end")
 
     def x(self, value: float) -> float:
         return self.left + (self.right - self.left) * value / self._highs[0]
@@ -116,13 +131,13 @@ class Plot(Drawing):
         return self.bottom - (self.bottom - self.top) * value / self._highs[1]
 
     def steps(self, ends: Sequence[float], values: Sequence[float], colour: str) -> None:
-        """An area over the x axis: values[i] holds up to ends[i], from where the last one ended."""
-        path = f"M{_short(self.x(0))} {_short(self.y(0))}"
+        """An area: values[i] holds up to ends[i], from where the one before ended."""
+        path = f"M{_short(self.left)} {_short(self.bottom)}"
         for end, value in zip(ends, values, strict=True):
             path += f"V{_short(self.y(value))}H{_short(self.x(end))}"
-        self.add("path", "area", d=f"{path}V{_short(self.y(0))}Z", fill=colour)
+        self.add("path", d=f"{path}V{_short(self.bottom)}Z", fill=colour)
 
-    def line(self, points: Sequence[tuple[float, float | None]], colour: str) -> None:
+    def curve(self, points: Sequence[tuple[float, float | None]], colour: str) -> None:
         """A line through (x, y), interrupted where y is None; a lone point is a dot."""
         run: list[tuple[float, float]] = []
         for x, y in (*points, (0, None)):
@@ -137,20 +152,20 @@ class Plot(Drawing):
 
     def rule(self, value: float, text: str) -> None:
         """A dashed line across, labelled above its right end."""
-        self.add("line", "rule", x1=self.left, x2=self.right, y1=self.y(value), y2=self.y(value))
-        self.text(self.right, self.y(value) - 6, text, "strong", "end")
+        self.line("rule", self.left, self.y(value), self.right, self.y(value))
+        self.text(self.right, self.y(value) - 7, text, "strong", "end")
 
-    def breaks(self, values: Sequence[float]) -> None:
-        """Vertical lines where something was left out of the x axis."""
+    def cuts(self, values: Sequence[float]) -> None:
+        """Dotted lines where something was left out of the x axis."""
         for value in values:
-            self.add("line", "break", x1=self.x(value), x2=self.x(value), y1=self.top, y2=self.bottom)
+            self.line("hint", self.x(value), self.top - 8, self.x(value), self.bottom)
 
 
 def scatter(points: Sequence[tuple[int, int, str]], titles: tuple[str, str], colour: str, label: str) -> str:
-    """Dots (x, y, tooltip) on two equal axes, with the diagonal on which x = y."""
+    """Dots (x, y, tooltip) over two equal axes, with the diagonal on which x = y."""
     high = 1.05 * max([1, *(max(x, y) for x, y, _ in points)])
-    plot = Plot((PANEL, PANEL), (high, high), titles, label, whole_x=True)
-    plot.add("line", "break", x1=plot.x(0), y1=plot.y(0), x2=plot.x(high), y2=plot.y(high))
+    plot = Plot((PANEL, PANEL), (high, high), titles, label)
+    plot.line("hint", plot.x(0), plot.y(0), plot.x(high), plot.y(high))
     for x, y, title in points:
         plot.add("circle", "dot", title, cx=plot.x(x), cy=plot.y(y), r=4, fill=colour)
     return plot.svg()
@@ -158,7 +173,7 @@ def scatter(points: Sequence[tuple[int, int, str]], titles: tuple[str, str], col
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar: `share` of the full width, 0..1; None draws no bar."""
+    """A horizontal bar: `share` of the full width, 0..1, or None for no bar; `text` is its figure, `note` what else to say."""
 
     label: str
     share: float | None
@@ -168,28 +183,28 @@ class Bar:
 
 
 def bars(width: int, rows: Sequence[Bar], label: str) -> str:
-    """Horizontal bars: label, bar and figures side by side where `width` allows, else one above the other."""
-    wide, notes = width >= WIDE, any(row.note for row in rows)
+    """Label, bar, figure and note: side by side where the picture is wide, else the bar between the others."""
+    wide, note = width >= WIDE, max(len(row.note) for row in rows)
     start = 14 + 7 * max(len(row.label) for row in rows) if wide else 0
-    end = width - (90 + notes * (20 + 6 * max(len(row.note) for row in rows))) if wide else width
-    height, thick, down = (30, 16, 0) if wide else (54 if notes else 38, 10, 14)
-    drawing = Drawing(width, height * len(rows), label)
+    end = width - 90 - (20 + 6 * note if note else 0) if wide else width
+    tall, thick, down = (30, 16, 0) if wide else (58 if note else 38, 10, 14)
+    drawing = Drawing(width, tall * len(rows), label)
     for number, row in enumerate(rows):
-        top = number * height + 4
-        shape: dict[str, float] = {"x": start, "y": top + down, "height": thick, "rx": 3}
-        drawing.text(0, top + (12 if wide else 8), row.label, "strong")
-        drawing.text(end + 12 if wide else end, top + (12 if wide else 8), row.text, "strong", "start" if wide else "end")
-        drawing.add("rect", "track", width=end - start, **shape)
+        top = number * tall + 4
+        line = top + (12 if wide else 8)
+        drawing.text(0, line, row.label, "strong")
+        drawing.text(end + 12 if wide else end, line, row.text, "strong", "start" if wide else "end")
+        drawing.rect(start, top + down, end - start, thick, 3, "var(--track)")
         if row.share:
-            drawing.add("rect", width=max(2, (end - start) * min(row.share, 1)), fill=row.colour, **shape)
+            drawing.rect(start, top + down, max(2, (end - start) * min(row.share, 1)), thick, 3, row.colour)
         if row.note:
-            drawing.text(width if wide else 0, top + (12 if wide else 38), row.note, anchor="end" if wide else "start")
+            drawing.text(width if wide else 0, line if wide else top + 38, row.note, anchor="end" if wide else "start")
     return drawing.svg()
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work on a lane from `start` to `end`; `text` is written on it where it fits, `title` is its tooltip."""
+    """Work on a lane; `text` is written on it where there is room, `title` is its tooltip."""
 
     start: float
     end: float
@@ -198,26 +213,29 @@ class Span:
 
 
 def lanes(width: int, rows: Sequence[tuple[str, str, Sequence[Span]]], high: float, x_title: str, label: str) -> str:
-    """Lanes (name, colour, spans) one below the other over an axis from 0 to `high`; spans are cut off at its ends."""
-    left, tall, gap = 64, 34, 12
-    drawing = Drawing(width, len(rows) * (tall + gap) + 40, label)
-    bottom = len(rows) * (tall + gap)
+    """Lanes (name, colour, spans) over an axis from 0 to `high`. What lies outside or would not show is left out."""
+    left, right, tall, pitch = 64, width - 8, 34, 46
+    bottom = len(rows) * pitch
+    drawing = Drawing(width, bottom + 38, label)
 
     def at(value: float) -> float:
-        return left + (width - 8 - left) * min(max(value / high, 0), 1)
+        return left + (right - left) * min(max(value / high, 0), 1)
 
-    for value in ticks(high, width // 100):
-        drawing.add("line", "grid", x1=at(value), x2=at(value), y1=0, y2=bottom)
+    for value in ticks(high, max(3, min(8, width // 70))):
+        drawing.line("grid", at(value), 0, at(value), bottom)
         drawing.text(at(value), bottom + 16, _number(value), anchor="middle")
-    drawing.text(width - 8, bottom + 34, x_title, anchor="end")
+    drawing.text(right, bottom + 35, x_title, anchor="end")
     for number, (name, colour, spans) in enumerate(rows):
-        top = number * (tall + gap)
-        drawing.text(0, top + tall / 2 + 4, name, "strong")
-        for span in spans:
+        top, drawn = number * pitch, 0.0
+        drawing.text(0, top + 21, name, "strong")
+        for span in sorted((s for s in spans if s.end > 0 and s.start < high), key=lambda s: s.start):
             x, wide = at(span.start), at(span.end) - at(span.start)
-            drawing.add("rect", "", span.title, x=x, y=top, width=max(wide - 1, 1), height=tall, rx=min(2, wide / 4), fill=colour)
-            if wide > 6 * len(span.text) + 3:
-                drawing.text(x + wide / 2, top + tall / 2 + 4, span.text, "on", "middle")
+            if x + wide < drawn + 0.5:
+                continue
+            drawn = x + wide
+            drawing.rect(x, top, max(wide - 1, 1), tall, min(2, wide / 4), colour, span.title)
+            if wide > 6 * len(span.text):
+                drawing.text(x + wide / 2, top + 21, span.text, "on", "middle")
     return drawing.svg()
 
 

@@ -51,6 +51,11 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
         return Score(pad, start if start is not None else pad)
     labels = tuple(config.labels)
     if not spec.is_encoder_decoder:
+        if not spec.architecture.endswith("ForSequenceClassification"):
+            raise ConfigError(
+                "task: classify needs a classification head or an encoder-decoder with a language head; "
+                f"{spec.directory} is a {spec.architecture}"
+            )
         count = spec.pretrained_config().num_labels
         if count != len(labels):
             raise ConfigError(f"labels: names {len(labels)} labels, the classification head of {spec.directory} has {count}")

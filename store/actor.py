@@ -54,15 +54,22 @@ class ExpertStore:
         """Bytes placed so far by a build under way, for a progress bar."""
         return self._placed_bytes
 
-    def close(self, keep: bool) -> bool:
-        """Gives the arena up and, unless `keep` or another process uses it, removes it; says whether it is gone."""
+    def close(self, keep: bool, patience_s: float = 0.0) -> bool:
+        """Gives the arena up and, unless `keep` or another process uses it, removes it; says whether it is gone.
+
+        Args:
+            patience_s: how long to wait for processes that use it but are about to end.
+        """
         if self._arena is None:
             return False
         arena, self._arena = self._arena, None
+        arena.close()
         if keep:
-            arena.close()
             return False
-        return arena.remove()
+        deadline = time.monotonic() + patience_s
+        while not (gone := arena.remove()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return gone
 
     def _count_placed(self, nbytes: int) -> None:
         self._placed_bytes += nbytes

@@ -87,12 +87,12 @@ def write_tsv(path: Path, sentences=SENTENCES, labels=(0, 1)) -> Path:
     return path
 
 
-def config_data(model: Path, data: Path, arenas: Path, output: Path, **changes) -> dict:
+def config_data(model: Path, rows: Path, arenas: Path, output: Path, **changes) -> dict:
     """The plain data of a config for a small run; `changes` are top-level keys."""
     return {
         "task": "classify",
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"path": str(data), "text": "sentence", "label": "label"},
+        "data": {"path": str(rows), "text": "sentence", "label": "label"} | changes.pop("data", {}),
         "labels": {"0": "negative", "1": "positive"},
         "batch": {"size": 2, "order": "input"},
         "predictor": {"kind": "random", "top_k": 2},

@@ -1,0 +1,98 @@
+"""HashTable: what it expects of the store, and how it is made of probabilities."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from predictor.hash_table import HashTable, from_probabilities
+
+
+def brute_force_uses(experts: np.ndarray, probability: np.ndarray) -> dict[int, float]:
+    """Sums the probability of every way in which the tokens may choose: each one of its experts, or one outside its table."""
+    uses = dict.fromkeys(experts.ravel().tolist(), 0.0)
+    options = [
+        [*zip(row.tolist(), p.tolist(), strict=True), (None, 1 - p.sum())] for row, p in zip(experts, probability, strict=True)
+    ]
+    for outcome in itertools.product(*options):
+        chance = np.prod([p for _, p in outcome])
+        for expert in {expert for expert, _ in outcome if expert is not None}:
+            uses[expert] += chance
+    return uses
+
+
+def random_table(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    p = rng.dirichlet(np.full(experts, 0.7), tokens)
+    best = np.argsort(-p, axis=1)[:, :top_k]
+    return best.astype(np.int16), np.take_along_axis(p, best, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_uses_are_the_probabilities_that_any_token_needs_an_expert(seed):
+    layers = [random_table(np.random.default_rng([seed, layer]), tokens=5, experts=6, top_k=3) for layer in range(2)]
+    experts, probability = zip(*layers, strict=True)
+    table = HashTable(experts, probability, probability)
+    for uses, (chosen, p) in zip(table.uses, layers, strict=True):
+        expected = brute_force_uses(chosen, p.astype(np.float64))
+        assert dict(uses) == pytest.approx(expected, abs=2e-6)
+    assert table.expected_uses == pytest.approx(sum(sum(brute_force_uses(*layer).values()) for layer in layers), abs=1e-5)
+
+
+def test_uses_name_the_likeliest_expert_first_and_each_expert_once():
+    experts, probability = random_table(np.random.default_rng(1), tokens=40, experts=16, top_k=4)
+    (uses,) = HashTable((experts,), (probability,), (probability,)).uses
+    named = [expert for expert, _ in uses]
+    assert sorted(named) == np.unique(experts).tolist()
+    chances = [p for _, p in uses]
+    assert chances == sorted(chances, reverse=True)
+
+
+def test_certain_experts_are_used_for_certain_and_impossible_ones_not():
+    experts = np.array([[4, 2], [4, 0]], dtype=np.int16)
+    probability = np.array([[1, 0], [1, 0]], dtype=np.float32)
+    (uses,) = HashTable((experts,), (probability,), (probability,)).uses
+    assert uses[0] == (4, pytest.approx(1, abs=2e-6))
+    assert dict(uses)[2] == 0
+    assert dict(uses)[0] == 0
+
+
+def test_from_probabilities_keeps_the_most_probable_in_order_and_shares_the_scaling_factor():
+    rng = np.random.default_rng(2)
+    p = rng.dirichlet(np.full(12, 0.5), 30).astype(np.float32)
+    alpha = rng.uniform(0.1, 0.9, 30).astype(np.float32)
+    table = from_probabilities([p], [alpha], top_k=4)
+    for token in range(30):
+        best = sorted(range(12), key=lambda expert: -p[token, expert])[:4]
+        assert table.experts[0][token].tolist() == best
+        kept = p[token, best]
+        np.testing.assert_array_equal(table.probability[0][token], kept)
+        np.testing.assert_allclose(table.scaling[0][token], alpha[token] * kept / kept.sum(), rtol=1e-5)
+    assert [array[0].dtype for array in (table.experts, table.probability, table.scaling)] == [np.int16, np.float32, np.float32]
+
+
+@pytest.mark.parametrize("top_k", [5, 6, 50])
+def test_from_probabilities_gives_all_experts_when_there_are_no_more_than_top_k(top_k):
+    p = np.random.default_rng(3).dirichlet(np.ones(5), 7).astype(np.float32)
+    table = from_probabilities([p], [np.ones(7, np.float32)], top_k)
+    np.testing.assert_array_equal(table.experts[0], np.argsort(-p, axis=1))
+    np.testing.assert_allclose(table.scaling[0].sum(axis=1), 1, rtol=1e-5)
+
+
+def test_layers_may_have_different_numbers_of_experts_and_tokens():
+    rng = np.random.default_rng(4)
+    p = [rng.dirichlet(np.ones(n), tokens).astype(np.float32) for n, tokens in ((8, 5), (2, 3))]
+    table = from_probabilities(p, [np.ones(5, np.float32), np.ones(3, np.float32)], top_k=3)
+    assert [experts.shape for experts in table.experts] == [(5, 3), (3, 2)]
+
+
+def test_a_token_of_which_nothing_is_known_has_no_scaling_rather_than_nan():
+    table = from_probabilities([np.zeros((1, 4), np.float32)], [np.ones(1, np.float32)], top_k=2)
+    np.testing.assert_array_equal(table.scaling[0], [[0, 0]])
+
+
+def test_when_the_table_is_the_routing_every_expert_it_names_is_needed():
+    experts, probability = random_table(np.random.default_rng(5), tokens=6, experts=8, top_k=2)
+    table = HashTable((experts,), (probability,), (probability,))
+    assert dict(table.certain_uses[0]) == dict.fromkeys(np.unique(experts).tolist(), 1.0)
