@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray
 from pipeline.errors import ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
+PROBE_S = 10.0
 
 
 @contextlib.contextmanager
@@ -33,6 +35,8 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _probe(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
@@ -48,6 +52,20 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Ray itself would try an address where nobody listens for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and the like: Ray knows at once
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cluster.address: no Ray answers at {address} ({error.strerror or error}); start one with `ray start --head`, "
+            "or leave cluster.address and RAY_ADDRESS out for a Ray of its own"
+        ) from None
 
 
 def cores() -> int:

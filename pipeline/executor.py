@@ -74,6 +74,11 @@ class BatchStats:
     predicted_load: list[list[int]] = field(default_factory=list)
     """The same by the table's first choice."""
 
+    @property
+    def moves(self) -> int:
+        """Experts that crossed the link since the batch before: copied or read in place."""
+        return sum(experts for _, _, experts in self.copy_spans) + sum(self.misses)
+
 
 @dataclass(frozen=True)
 class BatchResult:

@@ -12,8 +12,10 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+from pipeline.errors import ModelError
 from predictor.tokens import DECODER, ENCODER
 
 
@@ -52,7 +54,7 @@ class Family(Protocol):
 
     top_k: int
 
-    def moe_layers(self, model: nn.Module) -> list[MoELayer]:
+    def moe_layers(self, model: PreTrainedModel) -> list[MoELayer]:
         """In the order of the forward."""
 
     def route(self, router: nn.Module, hidden: torch.Tensor) -> Routing:
@@ -68,7 +70,10 @@ class Switch:
     top_k = 1
     _expert = re.compile(r"(?P<layer>.+)\.experts\.expert_(?P<expert>\d+)\.(?P<part>wi|wo)\.weight")
 
-    def moe_layers(self, model: nn.Module) -> list[MoELayer]:
+    def moe_layers(self, model: PreTrainedModel) -> list[MoELayer]:
+        if model.config.dense_act_fn != "relu":
+            where = f"{model.name_or_path}/config.json"
+            raise ModelError(f"{where}: dense_act_fn is {model.config.dense_act_fn!r}; only experts with 'relu' are served")
         layers = []
         for name, module in model.named_modules():
             if isinstance(module, SwitchTransformersSparseMLP):

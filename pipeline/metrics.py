@@ -49,6 +49,8 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
             "demand": sum(s.demand_bytes for s in stats),
             "read_in_place": sum(s.read_in_place_bytes for s in stats),
         },
+        "moves": sum(s.moves for s in stats),
+        "uses": sum(hits) + sum(misses),
         "hit_rate": _share(sum(hits), sum(hits) + sum(misses)),
         "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
         "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -68,7 +69,7 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Chec
     directory = local_checkpoint(config.path)
     try:
         pretrained = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"{directory / 'config.json'}: not a model config: {' '.join(str(error).split())}") from None
     model_type = pretrained.model_type
     if model_type not in FAMILIES:
@@ -128,7 +129,7 @@ def _skeleton(
     """The model on the meta device with a SlotMoE in the place of every MoE layer; and the shapes of what was there."""
     family = FAMILIES[config.model_type]
     with torch.device("meta"):
-        model = _model_class(architecture, directory)(config)
+        model = _model_class(architecture, config, directory)(config)
     layers = family.moe_layers(model)
     shapes = {name: tuple(model.get_parameter(name).shape) for layer in layers for e in layer.experts for name in e.values()}
     for i, layer in enumerate(layers):
@@ -137,12 +138,14 @@ def _skeleton(
     return model, layers, shapes
 
 
-def _model_class(architecture: str, directory: Path) -> type[PreTrainedModel]:
+def _model_class(architecture: str, config: transformers.PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
     if architecture in OWN_ARCHITECTURES:
         return OWN_ARCHITECTURES[architecture]
     found = getattr(transformers, architecture, None)
-    if found is None:
-        raise ModelError(f"{directory / 'config.json'}: architectures names {architecture!r}, which transformers does not have")
+    if found is None or getattr(found, "config_class", None) is not type(config):
+        raise ModelError(
+            f"{directory / 'config.json'}: architectures names {architecture!r}, which is no {config.model_type} of transformers"
+        )
     return found
 
 

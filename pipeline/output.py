@@ -103,6 +103,9 @@ class OutputDir:
             if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / JOURNAL).exists():
                 raise ConfigError(f"output_dir: {self.path} holds files that are not a run's; give another output_dir")
             return
+        journal = self.path / JOURNAL
+        if journal.exists() and journal.stat().st_size == 0 and not (self.path / METRICS).exists():
+            return  # that run ended before its first batch: there is nothing of it to protect
         theirs = json.loads(state_path.read_text())["config"]
         for key in sorted(theirs.keys() | self._config.keys()):
             if theirs.get(key) != self._config.get(key):
@@ -110,6 +113,11 @@ class OutputDir:
                     f"output_dir: {self.path} holds a run with {key} = {theirs.get(key)!r}, this config has "
                     f"{self._config.get(key)!r}; give another output_dir or remove that one"
                 )
+        if _labels(theirs) != _labels(self._config):  # scores are in their order
+            raise ConfigError(
+                f"output_dir: {self.path} holds a run with the labels in the order {', '.join(_labels(theirs))}, this config has "
+                f"{', '.join(_labels(self._config))}; give another output_dir or remove that one"
+            )
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """Whole lines only: a killed run may have left the last one unfinished."""
@@ -164,3 +172,7 @@ def _flat(config: Config) -> dict[str, Any]:
 
     add("", config.to_dict())
     return flat
+
+
+def _labels(flat: dict[str, Any]) -> list[str]:
+    return [key.removeprefix("labels.") for key in flat if key.startswith("labels.")]

@@ -27,6 +27,8 @@ from store.layout import ArenaLayout
 from store.load import routers_identity
 from store.slots import parse_budget
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -93,6 +95,10 @@ def prepare(config: Config) -> Prepared:
     tokenizer = _tokenizer(model)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
+    largest = max(int(ids.max(initial=0)) for row in encoded for ids in row.streams)
+    if largest >= model.shape.vocab_size:
+        vocabulary = f"its config.json a vocabulary of {model.shape.vocab_size}"
+        raise ModelError(f"{model.directory}: its tokenizer gives token id {largest}, {vocabulary}: they do not belong together")
     batches = make_batches(encoded, config.batch)
     digest = hashlib.sha256(routers_identity(checkpoint, model.placement).encode())  # not the arena's name: files get copied
     for row in encoded:
@@ -102,7 +108,10 @@ def prepare(config: Config) -> Prepared:
 
 
 def _tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    if not any((model.directory / name).exists() for name in TOKENIZER_FILES):  # transformers would make one that knows no word
+        raise ModelError(f"{model.directory}: no usable tokenizer: holds none of {', '.join(TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(model.directory)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{model.directory}: no usable tokenizer: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a damaged file can raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{model.directory}: no usable tokenizer: {reason}") from None

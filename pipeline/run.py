@@ -31,9 +31,9 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         One of USER_ERRORS: what the user gave cannot work.
     """
+    prepared = prepare(config)  # before the directory is made: what is refused leaves nothing behind
     output = OutputDir(config)
     try:
-        prepared = prepare(config)
         entries = output.begin(prepared.identity)
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
@@ -172,10 +172,12 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
     quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
     _say(f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s; {quality}")
     _say(
-        f"experts: {metrics['hit_rate']:.1%} of uses found in a slot; {_mb(moved['prefetch'])} prefetched, "
+        f"experts: {metrics['hit_rate'] or 0:.1%} of {metrics['uses']} uses found in a slot; {_mb(moved['prefetch'])} prefetched, "
         f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
+    _say(f"reuse: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts crossed the link for each use")
+    _say(f"budget kept: at most {metrics['expert_bytes']['resident_peak']} of {metrics['expert_bytes']['budget']} bytes in slots")
     if metrics["executor_restarts"]:
         _say(f"the Executor was started again {metrics['executor_restarts']} times; no row is lost")
     if metrics["prediction"]["top1"] is not None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline.cluster import cores
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.executor import Executor
 from pipeline.models import load_embedding
 from pipeline.prepare import Prepared, prepare
@@ -42,6 +42,8 @@ def train(config: Config) -> Accuracy:
     if config.predictor.path is None:
         raise ConfigError("predictor.path: train needs to know where to write")
     prepared = prepare(config)
+    if len(prepared.rows) < 2 and config.predictor.kind != "oracle":
+        raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
     store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
     arena = store.open()
     try:

@@ -161,7 +161,8 @@ def test_a_model_of_a_family_without_experts_is_refused_by_its_name(tmp_path, fa
 
 
 def test_a_switch_without_sparse_layers_is_refused(tmp_path):
-    save_switch(tmp_path / "dense", num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
+    # a count of sparse layers of 0 is not enough: transformers then makes layer 1 sparse
+    save_switch(tmp_path / "dense", encoder_sparse_step=0, decoder_sparse_step=0)
     assert "no experts" in refused(tmp_path / "dense")
 
 
@@ -222,15 +223,10 @@ def test_a_truncated_file_and_an_index_that_names_a_missing_shard_are_refused(co
     assert shards[0].name in message
 
 
-def test_a_model_whose_experts_compute_something_else_is_not_served_with_wrong_answers(tmp_path):
+def test_a_model_whose_experts_compute_something_else_is_refused_rather_than_answered_wrong(tmp_path):
     """Switch's experts may have another activation than ReLU."""
     save_switch(tmp_path / "gelu", dense_act_fn="gelu_new")
-    try:
-        describe(ModelConfig(str(tmp_path / "gelu")), CPU)
-    except ModelError as error:
-        assert "gelu_new" in str(error)
-    else:
-        assert_answers_as_transformers(tmp_path, tmp_path / "gelu")
+    assert "'gelu_new'" in refused(tmp_path / "gelu")
 
 
 # unusual checkpoints that are served
@@ -280,12 +276,11 @@ def test_a_sharded_checkpoint_is_served(tmp_path):
 
 
 class Allocations(TorchDispatchMode):
-    """The largest and the sum of all storages made on the CPU, those of an arena left out."""
+    """The bytes of every storage met on the CPU but an arena's, by address."""
 
     def __init__(self, arena: Arena):
         super().__init__()
-        start = arena.memory.data_ptr()
-        self._arena = range(start, start + arena.memory.numel())
+        self._arena = arena.memory.untyped_storage().data_ptr()
         self.storages: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -293,7 +288,7 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._arena and storage.nbytes():
+                if storage.data_ptr() != self._arena:
                     self.storages[storage.data_ptr()] = storage.nbytes()
         return result
 

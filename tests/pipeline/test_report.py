@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -100,9 +101,8 @@ def svgs(page: str) -> list[ET.Element]:
 
 def picture(page: str, label: str) -> ET.Element:
     """The wide version of the picture that a screen reader calls so."""
-    return next(
-        svg for svg in svgs(page) if label in svg.attrib["aria-label"] and svg.attrib["viewBox"].startswith(f"0 0 {WIDE} ")
-    )
+    wide = (svg for svg in svgs(page) if svg.attrib["viewBox"].startswith(f"0 0 {WIDE} "))
+    return next(svg for svg in wide if label in svg.attrib["aria-label"])
 
 
 def texts(element: ET.Element) -> list[str]:
@@ -142,7 +142,7 @@ def test_page_needs_nothing_from_elsewhere():
 
 def test_page_and_each_picture_are_well_formed():
     page = page_of(batches())
-    assert parse(page).find("body/main/h1").text == "Run of assets/switch-mini-64"
+    assert parse(page).findtext("body/main/h1") == "Run of assets/switch-mini-64"
     pictures = svgs(page)
     assert len(pictures) == 6 * 2 + 3 * 2  # six across the page, in two widths; two for each MoE layer
     for svg in pictures:
@@ -159,7 +159,7 @@ def test_hostile_text_is_shown_not_run():
     page = report(metrics, stats, stats, shape(), 12)
     harmless = "html head meta title style body main h1 h2 h3 p b i div span section footer svg g text line path rect circle"
     assert {element.tag for element in parse(page).iter()} <= set(harmless.split())
-    assert parse(page).find("head/title").text == "Run of models/<script>alert('1')</script>&\"\ufffd\ufffd"
+    assert parse(page).findtext("head/title") == "Run of models/<script>alert('1')</script>&\"\ufffd\ufffd"
     assert page.encode()
 
 
@@ -201,10 +201,8 @@ def test_hit_rates_are_given_per_layer_and_over_time():
 
 
 def test_each_expert_is_a_dot_with_its_sums_over_all_batches():
-    stats = [
-        replace(s, load=[[0, 34, 0]], predicted_load=[[0, 31, 3]], hits=[1], misses=[0], resident=[1])
-        for s in batches(10, 1, 3)
-    ]
+    told: dict[str, Any] = {"load": [[0, 34, 0]], "predicted_load": [[0, 31, 3]], "hits": [1], "misses": [0], "resident": [1]}
+    stats = [replace(s, **told) for s in batches(10, 1, 3)]
     page = page_of(stats)
     assert "expert 1: true 340, predicted 310" in page and "expert 2: true 0, predicted 30" in page
     assert "expert 0:" not in page  # neither wanted nor predicted
@@ -235,6 +233,24 @@ def test_lanes_show_forty_batches_from_the_middle():
     assert sum(t.startswith("experts copied: ") for t in titles) == 80
 
 
+def test_lanes_are_busy_for_a_share_of_the_time():
+    page = page_of(batches(10))  # 418 ms
+    shown = texts(picture(page, "busy time per lane"))
+    assert [text for text in shown if text.endswith("%")] == ["12.0 %", "33.5 %", "95.7 %", "4.8 %"]
+    assert [text for text in shown if text.endswith(" s")] == ["0.05 s", "0.14 s", "0.40 s", "0.02 s"]
+    bars = [float(rect.attrib["width"]) for rect in picture(page, "busy time per lane").iter("rect")]
+    assert [bar / track for track, bar in zip(bars[::2], bars[1::2], strict=True)] == pytest.approx(
+        [0.12, 0.335, 0.957, 0.048], 0.01
+    )
+
+
+def test_bytes_are_told_apart_by_the_way_they_came():
+    page = page_of(batches(10))
+    assert "75.0 % of the bytes that moved came ahead of time" in page
+    assert [t for t in texts(picture(page, "bytes by way")) if t.endswith("MB")] == ["22.5 MB", "0.0 MB", "7.5 MB"]
+    assert "No expert moved" in page_of(DEGENERATE["nothing moved"])
+
+
 def test_breaks_of_a_resumed_run_are_cut_out():
     resumed, straight = batches(30, pause_ns=3 * HOUR), batches(30)
     clock = Clock(resumed)
@@ -244,6 +260,9 @@ def test_breaks_of_a_resumed_run_are_cut_out():
     assert "the run was resumed" in page and "the run was resumed" not in page_of(straight)
     ends = [float(text) for text in texts(picture(page, "hit rate over time")) if re.fullmatch(r"[\d.,]+", text)]
     assert max(ends) < 1.3
+    for name in ("experts resident", "hit rate over time"):
+        marks = [line for line in picture(page, name).iter("line") if line.get("class") == "hint"]
+        assert len(marks) == 1 and marks[0].attrib["x1"] == marks[0].attrib["x2"]
     lane = picture(page, "what predicted, copied and computed when")
     titles = [title.text or "" for title in lane.iter("title")]
     assert not any(t.startswith("batch 9, ") for t in titles) and any(t.startswith("batch 20, ") for t in titles)
@@ -280,9 +299,20 @@ def test_a_strange_run_still_has_a_page(stats: list[BatchStats], slots: int):
     assert (f"budget: {slots} slots") in texts(picture(page, "experts resident"))
 
 
+def test_a_run_without_uses_says_so():
+    assert "No expert was used" in page_of(DEGENERATE["no use"])
+
+
 def test_a_run_without_predictions_says_so():
     page = page_of(DEGENERATE["no prediction"])
     assert "No prediction was judged" in page and "predicted against true" not in page and "none / none" in page
+
+
+def test_batches_without_a_prediction_are_left_out_of_the_comparison():
+    stats = batches(6)
+    some = [replace(s, load=[], predicted_load=[], accuracy=Accuracy()) for s in stats[:3]] + stats[3:]
+    expected = sum(s.load[0][1] for s in stats[3:]), sum(s.predicted_load[0][1] for s in stats[3:])
+    assert "expert 1: true {}, predicted {}".format(*expected) in page_of(some)
 
 
 def test_a_long_run_of_a_large_model_stays_small():
@@ -305,6 +335,7 @@ def test_ticks_are_round_and_within_the_axis():
 def test_samples_are_even_and_hold_both_ends():
     assert sample(5, 10) == [0, 1, 2, 3, 4]
     assert sample(10, 5) == [0, 3, 5, 7, 9]
+    assert sample(10, 4) == [0, 5, 8, 9]
     assert sample(10, 2, lambda i: -abs(i - 3)) == [3, 5]
     assert len(sample(100_000, 400)) <= 400
 

@@ -150,7 +150,9 @@ def child_builds(answers, path: Path, seed: int, filled: Path, wait_for_go: bool
         memory.copy_(contents(seed))
 
     arena = build(path, LAYOUT, f"id-{seed}", fill, poll_s=0.005)
-    answers.send((inode(path), os.fstat(arena._fd).st_ino, arena.identity, hashlib.sha256(arena.memory.numpy().tobytes()).hexdigest()))
+    answers.send(
+        (inode(path), os.fstat(arena._fd).st_ino, arena.identity, hashlib.sha256(arena.memory.numpy().tobytes()).hexdigest())
+    )
     answers.recv()
 
 
@@ -298,13 +300,16 @@ def test_an_arena_in_use_is_removed_neither_by_clean_nor_by_another_user(arena_d
     assert holds(Arena.attach(path), 0)
 
 
-@pytest.mark.parametrize("remove", [lambda path: [r.path for r in clean(path.parent)[0]] == [path], lambda path: Arena.attach(path).remove()])
-def test_a_killed_user_holds_nothing(path, child, remove):
+@pytest.mark.parametrize("by_clean", [False, True], ids=["remove", "clean"])
+def test_a_killed_user_holds_nothing(arena_dir, path, child, by_clean):
     leave(path)
     user = child(child_uses, path)
     assert user.answer() is not None
     user.kill()
-    assert remove(path)
+    if by_clean:
+        assert [r.path for r in clean(arena_dir)[0]] == [path]
+    else:
+        assert Arena.attach(path).remove()
     assert not path.exists()
 
 

@@ -123,9 +123,12 @@ def test_a_tensor_without_elements_is_read(tmp_path):
     assert checkpoint.read("w").tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("make", [lambda d: None, lambda d: d.mkdir(), lambda d: (d.mkdir(), (d / "pytorch_model.bin").write_bytes(b"x"))])
-def test_a_directory_without_a_checkpoint_is_refused_and_told_what_is_looked_for(tmp_path, make):
-    make(tmp_path / "model")
+@pytest.mark.parametrize("holds", [None, [], ["pytorch_model.bin", "config.json"]], ids=["not there", "empty", "another format"])
+def test_a_directory_without_a_checkpoint_is_refused_and_told_what_is_looked_for(tmp_path, holds):
+    if holds is not None:
+        (tmp_path / "model").mkdir()
+        for name in holds:
+            (tmp_path / "model" / name).write_bytes(b"x")
     message = refused(tmp_path / "model")
     assert SINGLE in message
     assert INDEX in message

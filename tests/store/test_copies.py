@@ -1,8 +1,7 @@
 """The copy engine: what moves, who goes, and that a reader sees the arena's bytes whatever happens at the same time.
 
-Three ways to ask. Synchronous engines, where every move can be written down beforehand. Schedules: a reader, the copy thread and
-somebody who plans and finishes batches, all run by hand in one thread, in every order (small cases) or in many random ones. And
-real threads under stress.
+Synchronous engines first, where every move can be written down beforehand, then real threads under stress, then failures.
+test_copy_schedules.py goes through the orders of steps one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ from store.slots import Slots
 PATIENCE_S = 60
 CPU = torch.device("cpu")
 BLOCK = 1024
-A, B, C, D, E = range(5)
+A, B, C, D = range(4)
 Uses = Sequence[Sequence[tuple[int, float]]]
 
 
@@ -133,7 +132,7 @@ def test_copy_spans_count_every_copy_and_lie_in_order(make):
     spans = engine.take().copy_spans
     assert sum(experts for _, _, experts in spans) == 5
     assert all(start <= end for start, end, _ in spans)
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in pairwise(spans))
 
 
 def test_two_slots_serve_a_batch_layer_by_layer(make):
@@ -282,7 +281,9 @@ def test_who_is_there_already_is_not_copied_again(make):
     assert not any(engine._next_uses.values())
 
 
-@pytest.mark.parametrize(("probability", "worth"), [(1.0, True), (WORTH_COPYING, True), (WORTH_COPYING - 0.01, False), (0.0, False)])
+@pytest.mark.parametrize(
+    ("probability", "worth"), [(1.0, True), (WORTH_COPYING, True), (WORTH_COPYING - 0.01, False), (0.0, False)]
+)
 def test_only_what_is_likely_enough_needed_is_copied(make, probability, worth):
     engine = make(10)
     engine.plan(0, [[(A, 1.0), (B, probability)], [(C, probability)]])
@@ -408,343 +409,10 @@ def test_synchronous_accounts_balance_and_repeat(make, policy, count):
     assert (sum(told[0][0]) > 0) == (count > 0)
 
 
-# Schedules: the reader, the copy thread and another that plans and finishes, run by hand.
-
-
-class SeenBeforeError(Exception):
-    """This schedule has led to a state from which all has been tried, or asked somebody to move who cannot."""
-
-
-@dataclass
-class Schedule:
-    """Decides who moves next. Replays a list of decisions, then takes the first possibility, or a random one.
-
-    Attributes:
-        seen: the states in which a decision was taken, in any schedule; None for random ones.
-        taken: (decision, number of possibilities).
-    """
-
-    replay: list[int] = field(default_factory=list)
-    rng: random.Random | None = None
-    seen: set | None = None
-    taken: list[tuple[int, int]] = field(default_factory=list)
-
-    def choose(self, possibilities: int, state: tuple) -> int:
-        if len(self.taken) < len(self.replay):
-            choice = self.replay[len(self.taken)]
-        elif self.rng:
-            choice = self.rng.randrange(possibilities)
-        else:
-            assert self.seen is not None
-            if state in self.seen:
-                raise SeenBeforeError
-            self.seen.add(state)
-            choice = 0
-        self.taken.append((choice, possibilities))
-        return choice
-
-
-def every_schedule() -> Iterator[Schedule]:
-    """All that differ, depth first; each must be run before the next is asked for."""
-    replay: list[int] = []
-    seen: set = set()
-    while True:
-        schedule = Schedule(replay, seen=seen)
-        yield schedule
-        taken = schedule.taken
-        while taken and taken[-1][0] + 1 == taken[-1][1]:
-            taken.pop()
-        if not taken:
-            return
-        replay = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small history. Operations are ("plan", batch, uses), ("read", batch, layer, experts) and ("finish", batch).
-
-    Attributes:
-        layers: (experts, block bytes) of each.
-        reader: what the executor does, in order.
-        other: what another thread does meanwhile, in order.
-        most_hits: in the order of steps that is best.
-    """
-
-    slots: int
-    reader: list[tuple]
-    other: list[tuple] = field(default_factory=list)
-    layers: tuple[tuple[int, int], ...] = ((4, 256),)
-    policy: type = FIFO
-    most_hits: int = -1
-
-
-class World:
-    """Runs a case under a schedule and checks, after every step, all that must always hold.
-
-    The engine's lock is replaced: nobody moves unless the schedule says so, and where the engine would wait, others move.
-    """
-
-    def __init__(self, arena: Arena, case: Case, schedule: Schedule):
-        self.arena, self.schedule = arena, schedule
-        self.slots = Slots(arena, case.slots, CPU)
-        self.slots.memory.fill_(0xEE)
-        self.engine = CopyEngine(arena, self.slots, case.policy(), background=False)
-        self.engine._changed = self  # type: ignore[assignment]
-        self.engine._proceed = lambda: None  # type: ignore[method-assign] - the copy thread moves when it is its turn
-        self.other = list(case.other)
-        self.copying: tuple[Key, torch.Tensor] | None = None
-        self.future: list[tuple[int, Key]] = []  # what is planned and not yet past, kept independently of the engine
-        self.ordinals: dict[int, int] = {}
-        self.gone: set[int] = set()
-        self.evicted: Key | None = None
-        self.reading: list[Key] = []
-        self.admitted: list[Key] = []
-        self.at = 0
-        self.evictions = self.hits = 0
-        self.slots.evict, self.slots.admit = self._evict, self._admit  # type: ignore[method-assign]
-
-    def run(self, case: Case) -> None:
-        for self.at, operation in enumerate(case.reader):
-            self.let_others_move("between")
-            self.perform(*operation)
-            self.check()
-        while self.move_copier() or self.move_other():
-            pass
-        assert self.copying is None
-        moved = self.engine.take()
-        self.hits = sum(moved.hits)
-        assert moved.prefetch_bytes == sum(self.slots.block_bytes(key) for key in self.admitted)
-
-    def perform(self, what: str, batch: int, *details) -> None:
-        if what == "plan":
-            self.engine.plan(batch, *details)
-            if batch not in self.ordinals and batch not in self.gone:
-                ordinal = self.ordinals[batch] = len(self.ordinals)
-                layers = len(self.arena.layout.layers)
-                self.future += [
-                    (ordinal * layers + layer, (layer, e)) for layer, uses in enumerate(*details) for e, p in uses if p >= WORTH_COPYING
-                ]
-        elif what == "finish":
-            self.engine.finish(batch)
-            self.gone.add(batch)
-            if batch in self.ordinals:
-                layers = len(self.arena.layout.layers)
-                self.future = [(at, key) for at, key in self.future if at // layers != self.ordinals[batch]]
-        else:
-            self.read(batch, *details)
-
-    def read(self, batch: int, layer: int, experts: Sequence[int]) -> None:
-        if batch in self.ordinals and batch not in self.gone:
-            now = self.ordinals[batch] * len(self.arena.layout.layers) + layer
-            self.future = [(at, key) for at, key in self.future if at != now]
-        with self.engine.reading(batch, layer, experts) as views:
-            start, end = self.slots.memory.data_ptr(), self.slots.memory.data_ptr() + self.slots.memory.numel()
-            self.reading = [
-                (layer, e) for e, view in zip(experts, views, strict=True) if start <= view["w"].data_ptr() < end
-            ]  # these must stay where they are
-            for moment in ("first look", "second look"):
-                for expert, view in zip(experts, views, strict=True):
-                    assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
-                self.check()
-                self.let_others_move(moment)
-            for expert, view in zip(experts, views, strict=True):
-                assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
-            self.reading = []
-
-    def let_others_move(self, where: str) -> None:
-        """Any number of steps of the others, in any order."""
-        while True:
-            choice = self.schedule.choose(2 + bool(self.other), self.state(where))
-            if choice == 0:
-                return
-            if not (self.move_copier, self.move_other)[choice - 1]() and self.schedule.rng is None:
-                raise SeenBeforeError
-
-    def state(self, where: str) -> tuple:
-        """All that what follows depends on."""
-        engine, slots = self.engine, self.slots
-        return (
-            (where, self.at, len(self.other), self.copying and self.copying[0], tuple(self.reading)),
-            (tuple(slots._slot_of.items()), tuple(slots._free), frozenset(slots._ready), frozenset((+slots._pins).items())),
-            (tuple(engine._queue), frozenset(engine._wanted), tuple(engine._ordinals.items()), frozenset(engine._finished)),
-            (tuple(self.engine._policy.order()), tuple(self.engine._movement.hits), self.evictions),
-        )
-
-    def move_other(self) -> bool:
-        if not self.other:
-            return False
-        self.perform(*self.other.pop(0))
-        self.check()
-        return True
-
-    def move_copier(self) -> bool:
-        """Begins a copy, or ends the one begun; in between the slot holds rubbish."""
-        if self.copying is None:
-            self.copying = self.engine._next_copy()
-            assert self.evicted is None, "evicted for nobody"
-            if self.copying is None:
-                return False
-            self.copying[1].fill_(0xEE)
-        else:
-            copy, self.copying = self.copying, None
-            self.engine._copy(*copy)
-        self.check()
-        return True
-
-    # In the place of the engine's condition.
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def notify_all(self) -> None:
-        pass
-
-    def wait_for(self, predicate: Callable[[], bool]) -> None:
-        """Others move until the reader may go on, and perhaps longer: a thread that is woken does not run at once."""
-        while not predicate():
-            movers = [self.move_copier, self.move_other]
-            if not movers.pop(self.schedule.choose(2, self.state("waiting")) if self.other else 0)():
-                assert movers[0](), "the reader waits for ever"
-        self.let_others_move("woken")
-
-    # In the place of the slots' methods.
-
-    def _evict(self, key: Key) -> None:
-        assert self.evicted is None
-        assert key not in self.reading, "evicted while being read"
-        Slots.evict(self.slots, key)
-        self.evicted = key
-        self.evictions += 1
-
-    def _admit(self, key: Key) -> torch.Tensor:
-        if self.evicted is not None:
-            at = min(at for at, wanted in self.future if wanted == key)
-            assert all(use > at for use, wanted in self.future if wanted == self.evicted), "evicted though wanted sooner"
-            self.evicted = None
-        self.admitted.append(key)
-        return Slots.admit(self.slots, key)
-
-    def check(self) -> None:
-        slots = self.slots
-        taken = list(slots._slot_of.values())
-        assert len(set(taken)) == len(taken), "two experts in one slot"
-        assert not set(taken) & set(slots._free)
-        assert len(taken) + len(slots._free) == slots.count
-        assert slots.resident_bytes == sum(slots.block_bytes(key) for key in slots._slot_of)
-        assert slots.resident_bytes <= slots.resident_peak_bytes <= slots.memory.numel()
-        assert set(self.reading) <= slots._ready <= slots._slot_of.keys()
-        assert all(slots._pins[key] for key in self.reading)
-        assert slots._slot_of.keys() - slots._ready == ({self.copying[0]} if self.copying else set())
-        for key in slots._ready:
-            begin = slots._slot_of[key] * self.arena.layout.slot_bytes
-            block = self.arena.block(*key)
-            assert torch.equal(slots.memory[begin : begin + block.numel()], block)
-
-
-CASES = {
-    "an expert comes while another is waited for": Case(
-        slots=2,
-        reader=[("plan", 0, sure([A])), ("plan", 1, sure([B])), ("read", 0, 0, [A, B]), ("read", 1, 0, [B])],
-        other=[("finish", 1), ("plan", 2, sure([C]))],
-        most_hits=3,
-    ),
-    "one slot changes hands": Case(
-        slots=1,
-        reader=[("plan", 0, sure([A])), ("plan", 1, sure([B])), ("read", 0, 0, [A]), ("finish", 0), ("read", 1, 0, [B, A])],
-        other=[("plan", 2, sure([C]))],
-        most_hits=2,
-    ),
-    "predictions are wrong": Case(
-        slots=2,
-        reader=[("plan", 0, sure([A, B])), ("read", 0, 0, [C]), ("finish", 0), ("plan", 1, sure([C])), ("read", 1, 0, [A, C])],
-        policy=LRU,
-        most_hits=2,
-    ),
-    "layers differ in size": Case(
-        slots=1,
-        reader=[("plan", 0, sure([A], [B])), ("read", 0, 0, [A]), ("read", 0, 1, [B, A]), ("finish", 0)],
-        other=[("plan", 1, sure([B], []))],
-        layers=((2, 256), (2, 512)),
-        most_hits=2,
-    ),
-    "there are no slots": Case(
-        slots=0, reader=[("plan", 0, sure([A])), ("read", 0, 0, [A]), ("finish", 0)], other=[("plan", 1, sure([B]))], most_hits=0
-    ),
-    "a batch is finished by another and its expert wanted again": Case(
-        slots=1,
-        reader=[("plan", 0, sure([A])), ("read", 7, 0, [A]), ("read", 2, 0, [A])],
-        other=[("finish", 0), ("plan", 1, sure([B])), ("plan", 2, sure([A]))],
-        most_hits=2,
-    ),
-    "three batches compete for two slots": Case(
-        slots=2,
-        reader=[
-            *(("plan", batch, sure(*uses)) for batch, uses in enumerate([([A, B], [C]), ([B], [A, C]), ([A], [B])])),
-            *(("read", 0, 0, [A, B]), ("read", 0, 1, [C, D]), ("finish", 0), ("read", 1, 0, [C, B]), ("read", 1, 1, [A, C])),
-            *(("finish", 1), ("read", 2, 0, [A]), ("read", 2, 1, [B, C])),
-        ],
-        layers=((4, 256), (4, 256)),
-        policy=LRU,
-        most_hits=9,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_in_every_order_of_steps_readers_see_the_arenas_bytes_and_the_budget_is_kept(arena_dir, name):
-    case = CASES[name]
-    arena = make_arena(arena_dir / "small", case.layers)
-    hits = []
-    for schedule in every_schedule():
-        world = World(arena, case, schedule)
-        try:
-            world.run(case)
-        except SeenBeforeError:
-            continue
-        hits.append(world.hits)
-    assert len(hits) > 1  # there was something to order
-    assert min(hits) == 0  # the copy thread may come too late for everything
-    assert max(hits) == case.most_hits
-
-
-def random_case(seed: int) -> Case:
-    """Batches planned ahead by another thread, with predictions that are often wrong, some of them lost or cancelled."""
-    rng = random.Random(seed)
-    batches, experts, layers = 5, 4, 2
-    reader: list[tuple] = []
-    other: list[tuple] = []
-    for batch in range(batches):
-        other.append(("plan", batch, random_plan(rng, layers, experts)))
-        if rng.random() < 0.2:
-            other.append(("finish", rng.randint(0, batch)))
-        if rng.random() < 0.3:
-            reader.append(("plan", batch, random_plan(rng, layers, experts)))
-        reader += [("read", batch, layer, rng.sample(range(experts), rng.randint(0, 3))) for layer in range(layers)]
-        reader.append(("finish", batch))
-    return Case(
-        rng.choice((0, 1, 1, 2, 2, 3, 5, 8)), reader, other, ((experts, 256), (experts, rng.choice((256, 768)))), rng.choice((FIFO, LRU))
-    )
-
-
-def test_in_random_orders_of_random_histories_readers_see_the_arenas_bytes_and_the_budget_is_kept(arena_dir):
-    evictions = hits = 0
-    for seed in range(300):
-        case = random_case(seed)
-        world = World(make_arena(arena_dir / f"{case.layers[1][1]}", case.layers), case, Schedule(rng=random.Random(seed)))
-        world.run(case)
-        evictions += world.evictions
-        hits += world.hits
-    assert evictions > 300  # slots did change hands
-    assert hits > 300
-
-
 # Real threads.
 
 
-def in_threads(*targets: Callable[[], None]) -> None:
+def in_threads(*targets: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
     """Runs them at once; raises the first error of any, or says that one is stuck."""
     errors: list[BaseException] = []
 
@@ -758,7 +426,7 @@ def in_threads(*targets: Callable[[], None]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE_S)
+        thread.join(patience_s)
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "stuck"
@@ -828,33 +496,6 @@ def test_a_copy_under_way_is_waited_for_and_does_not_cross_twice(make):
     assert moved.stall_ns > 0
 
 
-def test_an_expert_that_comes_in_during_the_wait_is_read_in_place(make):
-    """It has no pin. The copy of A ends and that of B begins while the reader waits for A; B's slot is still full of rubbish."""
-    first, second = Gate((0, A)), Gate((0, B))
-    engine = make(2, background=True, before=lambda key: (first(key), second(key)) and None)
-    engine.slots.memory.fill_(0xEE)
-    engine.plan(0, sure([A], []))
-    engine.plan(1, sure([B], []))
-    assert first.reached.wait(PATIENCE_S)
-    engine._changed.acquire()  # the reader is let in, and its wake-up delayed, until B is under way
-
-    def reads() -> None:
-        read(engine, 0, 0, A, B)
-
-    def opens() -> None:
-        with engine._changed:
-            until_waiting(engine)
-        first.open()
-
-    def until_waiting(engine: CopyEngine) -> None:
-        pass
-
-    engine._changed.release()
-    in_threads(reads, opens, lambda: (second.reached.wait(PATIENCE_S), time.sleep(0.05), second.open()) and None)
-    moved = engine.take()
-    assert moved.hits[0] + moved.misses[0] == 2
-
-
 def test_what_nobody_copies_is_not_waited_for(make):
     """Planned and next in the queue, but the copy thread is busy with another: reading in place beats waiting."""
     gate = Gate((0, A))
@@ -866,19 +507,10 @@ def test_what_nobody_copies_is_not_waited_for(make):
     gate.open()
 
 
-@dataclass
-class Tally:
-    reads: int = 0
-    hits: int = 0
-    misses: int = 0
-    prefetch_bytes: int = 0
-    in_place_bytes: int = 0
-
-
 @pytest.mark.parametrize("together", ["the reader plans", "another plans and cancels", "two read"])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 18])
 def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_read(arena_dir, hasty_threads, count, together):
-    layers, experts, nbytes, batches, ahead = 3, 6, 16 * 1024, 60, 4
+    layers, experts, nbytes, batches, ahead = 3, 6, 16 * 1024, 150, 4
     arena = make_arena(arena_dir / "a", [(experts, nbytes)] * layers)
     truth = {(layer, e): arena.block(layer, e).clone() for layer in range(layers) for e in range(experts)}
     slow = random.Random(1)
@@ -886,7 +518,7 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
     slots = Slots(arena, count, CPU)
     slots.memory.fill_(0xEE)
     engine = CopyEngine(watched, slots, LRU())
-    tally = Tally()
+    asked: list[int] = []
     planned = threading.Semaphore(0)
 
     def reads(seed: int, plans: bool) -> None:
@@ -902,7 +534,7 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
                             assert torch.equal(view["w"], truth[layer, expert]), (batch, layer, expert)
                         time.sleep(rng.choice((0, 0.0001, 0.0003)))
                 assert slots.resident_bytes <= count * nbytes
-                tally.reads += len(wanted)
+                asked.append(len(wanted))
             engine.finish(batch)
             planned.release()
 
@@ -926,10 +558,147 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
     finally:
         engine.close()
     moved = engine.take()
-    assert sum(moved.hits) + sum(moved.misses) == (tally.reads if together != "two read" else sum(moved.hits) + sum(moved.misses))
+    assert sum(moved.hits) + sum(moved.misses) == sum(asked)
     assert moved.read_in_place_bytes == sum(moved.misses) * nbytes
     assert moved.prefetch_bytes == len(watched.copied) * nbytes
     assert slots.resident_peak_bytes <= count * nbytes
     assert (sum(moved.hits) > 0) == (len(watched.copied) > 0) == (count > 0)
     for key in slots._slot_of:
         assert torch.equal(slots._slots[slots._slot_of[key]], truth[key])
+
+
+def test_who_is_resident_can_be_asked_while_experts_move(arena_dir, hasty_threads):
+    """As the executor does after every batch."""
+    arena = make_arena(arena_dir / "a", [(500, 256)])
+    engine = CopyEngine(arena, Slots(arena, 400, CPU), LRU())
+    rng = random.Random(0)
+    try:
+        for batch in range(300):
+            engine.plan(batch, sure(rng.sample(range(500), 100)))
+            engine.finish(batch - 2)
+            assert 0 <= engine.slots.resident()[0] <= 400
+    finally:
+        engine.close()
+
+
+# Ends and failures.
+
+
+class DiskOnFireError(Exception):
+    pass
+
+
+def breaks_at(key: Key) -> Callable[[Key], None]:
+    def before(now: Key) -> None:
+        if now == key:
+            raise DiskOnFireError
+
+    return before
+
+
+THREAD_ERRORS_ARE_EXPECTED = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@THREAD_ERRORS_ARE_EXPECTED
+@pytest.mark.parametrize("experts", [[B], [A], [C], [A, B, C]], ids=["the broken one", "a good one", "one in the arena", "all"])
+def test_a_copy_that_fails_is_an_error_in_reading_not_a_hang(make, experts):
+    engine = make(3, background=True, before=breaks_at((0, B)))
+    engine.plan(0, sure([A, B], []))
+    assert engine._thread is not None
+    engine._thread.join(PATIENCE_S)
+
+    def reads() -> None:
+        with pytest.raises(RuntimeError, match="copying experts failed") as error, engine.reading(0, 0, experts):
+            pytest.fail("read")
+        assert isinstance(error.value.__cause__, DiskOnFireError)
+
+    in_threads(reads)
+    in_threads(reads)  # and so it stays
+
+
+@THREAD_ERRORS_ARE_EXPECTED
+def test_a_copy_that_fails_wakes_the_reader_who_waits_for_it(make):
+    gate = Gate((0, B))
+
+    def before(key: Key) -> None:
+        gate(key)
+        breaks_at((0, B))(key)
+
+    engine = make(3, background=True, before=before)
+    engine.plan(0, sure([A, B], []))
+    assert gate.reached.wait(PATIENCE_S)
+
+    def reads() -> None:
+        with pytest.raises(RuntimeError, match="copying experts failed"), engine.reading(0, 0, [B]):
+            pytest.fail("read")
+
+    def opens() -> None:
+        until(lambda: engine.slots._pins[0, B] > 0)  # the reader waits
+        gate.open()
+
+    in_threads(reads, opens)
+    engine.close()
+
+
+@THREAD_ERRORS_ARE_EXPECTED
+def test_a_failure_to_admit_is_an_error_in_reading_too(make, monkeypatch):
+    engine = make(3, background=True)
+    monkeypatch.setattr(engine.slots, "admit", lambda key: torch.empty(1) / None)
+    engine.plan(0, sure([A], []))
+    assert engine._thread is not None
+    engine._thread.join(PATIENCE_S)
+
+    def reads() -> None:
+        with pytest.raises(RuntimeError, match="copying experts failed"), engine.reading(0, 0, [A]):
+            pytest.fail("read")
+
+    in_threads(reads)
+
+
+def test_a_synchronous_copy_that_fails_is_raised_where_it_happens_and_hangs_nobody(make):
+    engine = make(3, before=breaks_at((0, B)))
+    with pytest.raises(DiskOnFireError):
+        engine.plan(0, sure([A, B], []))
+
+    def reads() -> None:
+        with pytest.raises((RuntimeError, DiskOnFireError)), engine.reading(0, 0, [B]):
+            pytest.fail("read")
+
+    in_threads(reads, patience_s=3)
+
+
+@pytest.mark.parametrize("uses", [sure([], []), sure([A], [B]), sure(range(5), range(5))], ids=["idle", "done", "waiting for room"])
+def test_close_stops_the_copy_thread(make, uses):
+    engine = make(2, background=True)
+    assert engine._thread is not None
+    assert engine._thread.is_alive()
+    engine.plan(0, uses)
+    engine.close()
+    assert not engine._thread.is_alive()
+    engine.close()
+
+
+def test_close_ends_the_copy_under_way_and_begins_no_other(make):
+    gate = Gate((0, A))
+    engine = make(10, background=True, before=gate)
+    engine.plan(0, sure(range(5), range(5)))
+    assert gate.reached.wait(PATIENCE_S)
+
+    def opens() -> None:
+        until(lambda: engine._closed)
+        gate.open()
+
+    in_threads(engine.close, opens)
+    assert engine.slots.is_ready((0, A))
+    assert copied(engine) == [(0, A)]
+
+
+def test_after_close_experts_can_still_be_read(make):
+    engine = make(2, background=True)
+    engine.plan(0, sure([A], []))
+    until(lambda: engine.slots.is_ready((0, A)))
+    engine.close()
+    engine.plan(1, sure([B], []))
+    in_threads(lambda: read(engine, 0, 0, A, B), lambda: read(engine, 1, 0, A, B))
+    moved = engine.take()
+    assert (moved.hits, moved.misses) == ([2, 0], [2, 0])

@@ -31,7 +31,9 @@ def test_sizes_are_rounded_up_to_the_alignment(nbytes, aligned):
 
 def test_every_block_and_every_tensor_starts_at_a_multiple_of_the_alignment():
     layout = odd_layout()
-    starts = [layer.expert_offset(e) + part.offset for layer in layout.layers for e in range(layer.experts) for part in layer.block.parts]
+    starts = [
+        layer.expert_offset(e) + part.offset for layer in layout.layers for e in range(layer.experts) for part in layer.block.parts
+    ]
     starts += [layer.expert_offset(e) for layer in layout.layers for e in range(layer.experts)]
     starts += [part.offset for part in layout.backbone]
     assert len(starts) == 3 * 6 + 2 + 5 + 2

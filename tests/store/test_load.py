@@ -21,7 +21,8 @@ from store.load import Placement, load, routers_identity
 LAYERS, EXPERTS = 2, 3
 PLACEMENT = Placement(
     experts=tuple(
-        tuple({"up": f"l{layer}.e{e}.up.weight", "down": f"l{layer}.e{e}.down.weight"} for e in range(EXPERTS)) for layer in range(LAYERS)
+        tuple({"up": f"l{layer}.e{e}.up.weight", "down": f"l{layer}.e{e}.down.weight"} for e in range(EXPERTS))
+        for layer in range(LAYERS)
     ),
     backbone={"norm.weight": "ln.weight", "positions": "positions", "scale": "scale"},
     dtype="float32",
@@ -33,7 +34,12 @@ def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torc
     """A checkpoint that `PLACEMENT` understands, and a tensor more, as checkpoints have."""
     torch.manual_seed(seed)
     made = {name: torch.randn(8 * (i + 1), 5) for i, layer in enumerate(PLACEMENT.experts) for e in layer for name in e.values()}
-    made |= {"ln.weight": torch.randn(5), "scale": torch.tensor(2.5), "l0.router": torch.randn(3, 5), "l1.router": torch.randn(3, 5)}
+    made |= {
+        "ln.weight": torch.randn(5),
+        "scale": torch.tensor(2.5),
+        "l0.router": torch.randn(3, 5),
+        "l1.router": torch.randn(3, 5),
+    }
     made |= {"unused": torch.randn(7)}
     return {name: t.to(dtype) for name, t in made.items()} | {"positions": torch.arange(-3, 9)}
 
@@ -234,7 +240,8 @@ def child_loads(answers, directory: Path, arenas: Path, placement: Placement) ->
     """Answers (arena bytes, how far resident memory rose above what it was before); pages of the arena count."""
 
     def status(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
     torch.set_num_threads(1)
     checkpoint = Checkpoint(directory)
