@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from pipeline.cluster import cluster, cores
@@ -55,7 +56,7 @@ def bench(config: Config) -> dict[str, Any]:
             executor = Executor(spec)
             actors = Actors.start(spec, oracle, arena, threads=1)
             actors.ready()
-            predictor = Predictor(oracle, lambda: None)
+            predictor = Predictor(oracle, lambda: torch.empty(0))
             tables = [predictor.predict(batch.tokens) for batch in prepared.batches]
             systems: dict[str, Callable[[list[Batch]], list[BatchResult]]] = {
                 "in_process": lambda batches: _run_in_process(executor, batches, tables, prepared),

@@ -177,7 +177,6 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
     _say(f"reuse: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts crossed the link for each use")
-    _say(f"budget kept: at most {metrics['expert_bytes']['resident_peak']} of {metrics['expert_bytes']['budget']} bytes in slots")
     if metrics["executor_restarts"]:
         _say(f"the Executor was started again {metrics['executor_restarts']} times; no row is lost")
     if metrics["prediction"]["top1"] is not None:

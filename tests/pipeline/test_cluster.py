@@ -45,10 +45,13 @@ def head(tmp_path_factory) -> Iterator[dict[str, str]]:
     env |= {"HOME": str(home), "RAY_AUTH_MODE": "token"}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
     log = (home / "head.log").open("w+")
+    options = {
+        "port": port, "dashboard-port": dashboard, "temp-dir": sockets, "num-cpus": 2, "object-store-memory": 100_000_000,
+        "ray-client-server-port": free_port(), "dashboard-agent-listen-port": free_port(),
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={sockets}"]
-        + ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats", f"--ray-client-server-port={free_port()}"]
-        + [f"--dashboard-agent-listen-port={free_port()}"],
+        [RAY, "start", "--head", "--block", "--disable-usage-stats", *flags],
         env=env,
         stdout=log,
         stderr=log,

@@ -155,7 +155,7 @@ def test_sharded_bfloat16_checkpoints_are_served_as_transformers_loads_them(tmp_
 
 
 def test_resident_bytes_are_counted_and_not_the_budget_repeated(tmp_path, model):
-    directory, whole = model
+    directory, _ = model
     settings = config(tmp_path, directory, store={"budget": "100%", "directory": str(tmp_path / "arenas")}, data={"limit": 1})
     with served(settings, background=False) as (prepared, executor, predictor):
         batch = prepared.batches[0]
