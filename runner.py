@@ -112,8 +112,11 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
+    from pipeline.errors import ConfigError
     from store.arena import clean
 
+    if not options.directory.is_dir():
+        raise ConfigError(f"{options.directory}: no such directory")
     removed, in_use = clean(options.directory)
     for item in removed:
         print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from pipeline.errors import ConfigError
 
@@ -43,7 +44,7 @@ def cluster(address: str | None) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         if not address:
             raise
         reason = str(error).strip().splitlines()[0]

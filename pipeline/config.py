@@ -97,7 +97,8 @@ class Config:
     routing: Literal["exact", "hash"] = "exact"
     """exact: the model's routers decide, tables are hints. hash: the tables decide, as in the paper."""
     store: StoreConfig = field(default_factory=StoreConfig)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    """The GPU path is to come; auto is the CPU until then."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs/default"
     seed: int = 0
@@ -118,7 +119,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold keys such as `model:`, found {type(data).__name__}")
@@ -142,7 +143,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: an override is written key.path=value, for example store.budget=10%")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
     *parents, last = key.split(".")
     for parent in parents:

@@ -127,6 +127,8 @@ def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
         yield from ({"text": line} for line in lines)
     elif path.suffix == ".jsonl":
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise DataError(f"{path}: row {number} is an empty line; remove it")
             try:
                 record = json.loads(line)
             except ValueError as error:

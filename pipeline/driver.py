@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import Batch
 from pipeline.errors import USER_ERRORS
@@ -33,8 +34,9 @@ CALL_RETRIES = 5
 
 
 def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
-    """An actor of `cls` that is restarted when it dies, its unanswered calls repeated."""
-    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, **options)
+    """An actor of `cls`, on this node as the arena is, restarted when it dies, its unanswered calls repeated."""
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, scheduling_strategy=here, **options)
     return durable(cls).remote(*arguments)
 
 

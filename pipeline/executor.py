@@ -115,8 +115,7 @@ class Executor:
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
-        table = prediction.table
-        self._engine.plan(batch, table.certain_uses if routing == "hash" else table.uses)
+        self._engine.plan(batch, prediction.table.uses_under(routing))
 
     @torch.inference_mode()
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
@@ -134,8 +133,6 @@ class Executor:
         finally:
             self._engine.finish(batch.index)
         moved = self._engine.take()
-        resident = self._slots.resident()
-        layers = range(self._spec.model.shape.layers)
         stats = BatchStats(
             start=start,
             end=time.time_ns(),
@@ -149,9 +146,9 @@ class Executor:
             demand_bytes=moved.demand_bytes,
             read_in_place_bytes=moved.read_in_place_bytes,
             stall_ms=moved.stall_ns / 1e6,
-            resident=[resident[layer] for layer in layers],
-            resident_peak_bytes=self._slots.resident_peak_bytes,
-            predicted_uses=prediction.table.expected_uses if prediction else 0,
+            resident=moved.resident,
+            resident_peak_bytes=moved.resident_peak_bytes,
+            predicted_uses=_expected(prediction, routing),
         )
         if prediction is not None and forward.decisions:
             truth = [layer.top[:, 0] for layer in forward.decisions]
@@ -184,6 +181,11 @@ class Executor:
         table = prediction.table if prediction is not None and routing == "hash" else None
         self._current.forward = Forward(batch.index, tuple(real), table, top_t)
         return self._current.forward
+
+
+def _expected(prediction: Prediction | None, routing: str) -> float:
+    """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
+    return sum(p for layer in prediction.table.uses_under(routing) for _, p in layer) if prediction else 0.0
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

@@ -69,7 +69,7 @@ class SlotMoE(nn.Module):
         else:
             routing = self._family.route(self.router, hidden)
             experts, weights = routing.experts[real], routing.weights[real]
-            now.decisions.append(_record(routing.logits[real], weights, now.top_t))
+            now.decisions.append(_record(routing.logits[real], routing.chosen[real], weights, now.top_t))
         output = torch.zeros_like(states)
         output[real] = self._run(now.batch, tokens, experts, weights)
         return output.reshape(hidden.shape)
@@ -94,9 +94,17 @@ class SlotMoE(nn.Module):
         return output
 
 
-def _record(logits: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
-    """What the router decided, before any capacity: a label for predictors. logits: (tokens, experts)."""
-    probabilities, top = logits.float().softmax(dim=-1).topk(min(top_t, logits.shape[-1]), dim=-1)
+def _record(logits: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
+    """What the router decided, before any capacity: a label for predictors.
+
+    Args:
+        logits: (tokens, experts).
+        chosen, weights: (tokens, top_k).
+    """
+    every = logits.float().softmax(dim=-1)
+    first = every.scatter(1, chosen, 2.0)  # above any probability: what the router chose comes first, ties or not
+    top = first.topk(min(max(top_t, chosen.shape[1]), logits.shape[-1]), dim=-1).indices
+    probabilities = every.gather(1, top)
     return LayerTrace(
         top.to(torch.int16).cpu().numpy(),
         probabilities.half().cpu().numpy(),

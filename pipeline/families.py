@@ -41,11 +41,13 @@ class Routing:
     Attributes:
         experts: int64 (tokens, top_k); -1 where the router drops the token.
         weights: (tokens, top_k), multiplied with the expert's output.
+        chosen: int64 (tokens, top_k): the same before any capacity; never -1.
         logits: (tokens, experts), before any capacity.
     """
 
     experts: torch.Tensor
     weights: torch.Tensor
+    chosen: torch.Tensor
     logits: torch.Tensor
 
 
@@ -89,7 +91,9 @@ class Switch:
     def route(self, router: nn.Module, hidden: torch.Tensor) -> Routing:
         one_hot, weights, logits = router(hidden)
         experts = torch.where(one_hot.any(dim=-1), one_hot.argmax(dim=-1), -1)  # all zero: over capacity
-        return Routing(experts.reshape(-1, 1), weights.reshape(-1, 1), logits.reshape(-1, logits.shape[-1]))
+        # As the router chooses: after rounding to the activations' dtype, which makes ties that the logits do not have.
+        chosen = logits.softmax(dim=-1, dtype=router.dtype).to(hidden.dtype).argmax(dim=-1)
+        return Routing(experts.reshape(-1, 1), weights.reshape(-1, 1), chosen.reshape(-1, 1), logits.reshape(-1, logits.shape[-1]))
 
     def apply(self, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(nn.functional.linear(tokens, weights["wi"]).relu(), weights["wo"])

@@ -34,10 +34,6 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
     """
     latencies = [(s.end - s.start) / 1e6 for s in stats]
     hits, misses = _sum([s.hits for s in stats]), _sum([s.misses for s in stats])
-    accuracy = Accuracy()
-    for s in stats:
-        accuracy.add(s.accuracy)
-    predicting = [(s.predict_span[1] - s.predict_span[0]) / 1e6 for s in stats if s.predict_span]
     return {
         "samples": samples,
         "tokens": sum(s.tokens for s in stats),
@@ -54,14 +50,23 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "hit_rate": _share(sum(hits), sum(hits) + sum(misses)),
         "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
         "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
-        "prediction": {
-            "top1": round(accuracy.mean_top1, 4) if accuracy.tokens else None,
-            "top3": round(accuracy.mean_top3, 4) if accuracy.tokens else None,
-            "per_layer": {k: [round(r, 4) for r in rates] for k, rates in accuracy.rates().items()},
-            "ms_per_batch": round(sum(predicting) / max(len(predicting), 1), 3),
-        },
+        "prediction": prediction_metrics(stats),
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
         "executor_restarts": _restarts(stats),
+    }
+
+
+def prediction_metrics(stats: list[BatchStats]) -> dict[str, Any]:
+    """How often the tables were right, where routers were asked, and what they cost."""
+    accuracy = Accuracy()
+    for s in stats:
+        accuracy.add(s.accuracy)
+    predicting = [(s.predict_span[1] - s.predict_span[0]) / 1e6 for s in stats if s.predict_span]
+    return {
+        "top1": round(accuracy.mean_top1, 4) if accuracy.tokens else None,
+        "top3": round(accuracy.mean_top3, 4) if accuracy.tokens else None,
+        "per_layer": {k: [round(r, 4) for r in rates] for k, rates in accuracy.rates().items()},
+        "ms_per_batch": round(sum(predicting) / max(len(predicting), 1), 3),
     }
 
 

@@ -117,9 +117,10 @@ def build(spec: ModelSpec, arena: Arena, engine: CopyEngine, current: Current, d
     weights = {name: tensor.to(device) for name, tensor in arena.backbone().items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
+    untied = {name: tensor for name, tensor in weights.items() if name in model.all_tied_weights_keys}
+    model.load_state_dict(untied, strict=False, assign=True)  # tied by the config, stored with values of their own
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise ModelError(f"{spec.directory}: the checkpoint leaves {left[0]} without a value")
+    assert not left, f"{left[0]} has no value: describe() should have refused the checkpoint"
     return model.eval().requires_grad_(False)
 
 
@@ -150,7 +151,11 @@ def _model_class(architecture: str, config: transformers.PretrainedConfig, direc
 
 
 def _backbone(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The model's name of every backbone tensor that has to be loaded -> its name in the checkpoint, shapes checked."""
+    """The model's name of every backbone tensor that has to be loaded -> its name in the checkpoint, shapes checked.
+
+    A tensor that the config ties to another is loaded only if the checkpoint holds both with different values: transformers then
+    does not tie them either.
+    """
     tied: dict[str, str] = model.all_tied_weights_keys  # target -> source
     names = {}
     for name, tensor in model.state_dict().items():
@@ -160,11 +165,16 @@ def _backbone(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
             if name in tied:
                 continue  # tie_weights makes it
             raise CheckpointError(f"{checkpoint.directory}: lacks the tensor {name}, which config.json asks for")
-        if name in tied:
-            continue
-        names[name] = stored
         _check_shape(checkpoint, stored, tuple(tensor.shape))
+        source = tied.get(name)
+        if source is None or (source in checkpoint.tensors and not _equal(checkpoint, name, source)):
+            names[name] = stored
     return names
+
+
+def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    a, b = checkpoint.info(name), checkpoint.info(other)
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(checkpoint.read(name), checkpoint.read(other))
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> None:

@@ -38,19 +38,23 @@ class OutputDir:
                 "where results would be lost; add output_dir=/absolute/path"
             )
         self._config = _flat(config)
-        self._check_config()
         try:
+            self._check_config()
             self.path.mkdir(parents=True, exist_ok=True)
             self._journal = (self.path / JOURNAL).open("ab+")
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still = (self.path / JOURNAL).exists() and os.path.samestat(
+                os.fstat(self._journal.fileno()), (self.path / JOURNAL).stat()
+            )
+        except BlockingIOError:
+            still = False
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_dir: {self.path} is being written by another run; give another output_dir") from None
+        if not still:  # locked by another run, or unlinked by one that has just ended
+            raise ConfigError(f"output_dir: {self.path} is being written by another run; give another output_dir")
 
-    def begin(self, inputs: str) -> list[dict[str, Any]]:
-        """The journal of an unfinished run of the same inputs; empty for a fresh start.
+    def unfinished(self, inputs: str) -> list[dict[str, Any]]:
+        """The journal of an unfinished run of the same inputs; empty if there is none. Changes nothing.
 
         Args:
             inputs: identifies data and model.
@@ -67,11 +71,21 @@ class OutputDir:
                     f"output_dir: {self.path} holds an unfinished run over other data or another model (the files have "
                     "changed since); give another output_dir or remove it"
                 )
-        else:
-            self._journal.truncate(0)
-            (self.path / METRICS).unlink(missing_ok=True)
-            self.write(STATE, json.dumps({"config": self._config, "inputs": inputs}, indent=1))
         return entries
+
+    def start_anew(self, inputs: str) -> None:
+        """Drops what an earlier run left. Called once nothing can be refused any more."""
+        self._journal.truncate(0)
+        (self.path / METRICS).unlink(missing_ok=True)
+        self.write(STATE, json.dumps({"config": self._config, "inputs": inputs}, indent=1))
+
+    def abandon(self) -> None:
+        """Leaves nothing of a directory in which nothing was started."""
+        if not (self.path / STATE).exists():
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        self.close()
 
     def add(self, entry: dict[str, Any]) -> None:
         """Appends a finished batch to the journal; what is there survives this process."""
@@ -91,7 +105,7 @@ class OutputDir:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, then drops the journal: the run has ended."""
         self.write(METRICS, json.dumps(metrics, indent=1) + "\n")
-        (self.path / JOURNAL).unlink()
+        (self.path / JOURNAL).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -106,7 +120,10 @@ class OutputDir:
         journal = self.path / JOURNAL
         if journal.exists() and journal.stat().st_size == 0 and not (self.path / METRICS).exists():
             return  # that run ended before its first batch: there is nothing of it to protect
-        theirs = json.loads(state_path.read_text())["config"]
+        try:
+            theirs = json.loads(state_path.read_text())["config"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"output_dir: {state_path} is not a run's; give another output_dir") from None
         for key in sorted(theirs.keys() | self._config.keys()):
             if theirs.get(key) != self._config.get(key):
                 raise ConfigError(

@@ -19,7 +19,7 @@ from pipeline.errors import ModelError
 from pipeline.executor import ExecutorSpec
 from pipeline.models import ModelSpec, describe
 from pipeline.tasks import Task, make_task
-from predictor.registry import PredictorSpec
+from predictor.registry import PredictorSpec, make
 from store.arena import available_memory, free_bytes
 from store.checkpoint import Checkpoint
 from store.errors import SpaceError
@@ -35,7 +35,7 @@ class Prepared:
     """A run, ready to start.
 
     Attributes:
-        identity: names data and model; changes if either does.
+        identity: names data and model, and what else decides the answers; equal for copies of the same files.
         truncated: rows that were longer than `batch.max_tokens`.
     """
 
@@ -100,11 +100,21 @@ def prepare(config: Config) -> Prepared:
         vocabulary = f"its config.json a vocabulary of {model.shape.vocab_size}"
         raise ModelError(f"{model.directory}: its tokenizer gives token id {largest}, {vocabulary}: they do not belong together")
     batches = make_batches(encoded, config.batch)
-    digest = hashlib.sha256(routers_identity(checkpoint, model.placement).encode())  # not the arena's name: files get copied
+    digest = hashlib.sha256(checkpoint.sample().encode())  # not the arena's name: a resubmitted job has new copies of the files
+    if config.routing == "hash" and config.predictor.path and Path(config.predictor.path).is_file():
+        digest.update(Path(config.predictor.path).read_bytes())  # there the tables decide the answers
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")
     return Prepared(config, rows, batches, truncated, model, checkpoint, layout, arena, task, slots, digest.hexdigest()[:16])
+
+
+def check_predictor(prepared: Prepared) -> None:
+    """
+    Raises:
+        PredictorError: the predictor's file is missing, damaged, or made for another model.
+    """
+    make(prepared.predictor_spec(routers_identity(prepared.checkpoint, prepared.model.placement)), lambda: torch.empty(0))
 
 
 def _tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:

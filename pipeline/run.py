@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, result, run_batches, start_store
-from pipeline.metrics import batch_metrics, fidelity, stats_of, versions
+from pipeline.driver import Actors, open_store, run_batches, start_store
+from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
-from pipeline.prepare import Prepared, prepare
+from pipeline.prepare import Prepared, check_predictor, prepare
 from pipeline.report import report
 from pipeline.timeline import timeline
 from store.actor import ArenaInfo
@@ -31,10 +33,11 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         One of USER_ERRORS: what the user gave cannot work.
     """
-    prepared = prepare(config)  # before the directory is made: what is refused leaves nothing behind
+    prepared = prepare(config)
+    check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
     output = OutputDir(config)
     try:
-        entries = output.begin(prepared.identity)
+        entries = output.unfinished(prepared.identity)
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
             store = start_store(prepared.arena, prepared.model.directory.resolve(), prepared.model.placement)
@@ -43,21 +46,29 @@ def run(config: Config) -> dict[str, Any]:
                 arena = _open(store, prepared)
                 actors = Actors.start(prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1)
                 actors.ready()
+                if not entries:
+                    output.start_anew(prepared.identity)
                 entries = _execute(actors, prepared, output, entries)
                 actors.finish()
             finally:
-                if actors is not None:
-                    actors.stop()
-                result(store.close.remote(config.store.keep, PATIENCE_S))
-                ray.kill(store)
+                _stop(store, actors, config.store.keep)
         metrics = _metrics(prepared, entries, arena)
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
     finally:
-        output.close()
+        output.abandon()
     _say_results(metrics, output.path)
     return metrics
+
+
+def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
+    """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
+    with contextlib.suppress(RayError):
+        if actors is not None:
+            actors.stop()
+        ray.get(store.close.remote(keep, PATIENCE_S))
+        ray.kill(store)
 
 
 def _open(store: Any, prepared: Prepared) -> ArenaInfo:
@@ -116,7 +127,7 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
     if second:  # the routers were asked in the second pass only
         exact = _by_index(second)
         metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
-        metrics["prediction"] |= batch_metrics(stats_of(second), len(rows), 1)["prediction"]
+        metrics["prediction"] = prediction_metrics(stats_of(second))
     metrics["prediction"]["kind"] = config.predictor.kind
     return metrics | {
         "truncated": prepared.truncated,
@@ -176,9 +187,11 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
-    _say(f"reuse: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts crossed the link for each use")
+    _say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
+    if metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]:
+        _say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
     if metrics["executor_restarts"]:
-        _say(f"the Executor was started again {metrics['executor_restarts']} times; no row is lost")
+        _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
     if metrics["prediction"]["top1"] is not None:
         top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
         _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")

@@ -40,7 +40,8 @@ svg .rule{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:6 4}svg .hint{stro
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .dot{stroke:var(--card);fill-opacity:.85}
 .narrow{display:none}
 @media (max-width:700px){.wide{display:none}.narrow{display:block}main{padding:18px 12px}section{padding:14px}h1{font-size:22px}
-.tiles{grid-template-columns:1fr 1fr}.panels{grid-template-columns:1fr 1fr;gap:24px 16px}.tile b{font-size:19px}}
+.tiles{grid-template-columns:1fr 1fr}.panels{grid-template-columns:1fr 1fr;gap:24px 16px}
+.panels svg text{font-size:14px}.tile b{font-size:19px}}
 """
 
 

@@ -6,6 +6,7 @@ A task is small and travels to the Executor; it knows tokens and logits, nothing
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Config
 from pipeline.data import Batch, Encoded, Row
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models import ModelSpec
 from predictor.tokens import DECODER, ENCODER
 
@@ -84,6 +85,11 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_token
         cut = tokenizer([texts[i] for i in too_long], cut_pairs, truncation=True, max_length=max_tokens)["input_ids"]
         for i, ids in zip(too_long, cut, strict=True):
             full[i] = ids
+            if len(ids) > max_tokens:
+                raise ConfigError(f"batch.max_tokens: {max_tokens} is too few for a text and the tokenizer's own tokens")
+    nothing = next((i for i, ids in enumerate(full) if not ids), None)
+    if nothing is not None:
+        raise DataError(f"row {nothing + 1}: the tokenizer makes no token of {texts[nothing]!r}; remove the row")
     return [np.array(ids, dtype=np.int64) for ids in full], len(too_long)
 
 
@@ -104,8 +110,9 @@ def _quality(labels: tuple[str, ...], rows: list[Row], results: list[Result]) ->
 def _results(batch: Batch, labels: tuple[str, ...], scores: torch.Tensor) -> list[Result]:
     """scores: (batch, labels)."""
     best = scores.argmax(dim=1).tolist()
+    names = [int(label) if re.fullmatch(r"0|-?[1-9][0-9]*", label) else label for label in labels]  # "01" stays text
     return [
-        {"index": int(row), "label": int(labels[b]) if labels[b].lstrip("-").isdigit() else labels[b], "scores": values}
+        {"index": int(row), "label": names[b], "scores": values}
         for row, b, values in zip(batch.rows, best, scores.float().tolist(), strict=True)
     ]
 

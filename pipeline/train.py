@@ -5,6 +5,7 @@ One process, no Ray: the same Executor class that serves, with a budget, records
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import partial
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pipeline.cluster import cores
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError
 from pipeline.executor import Executor
@@ -41,6 +41,7 @@ def train(config: Config) -> Accuracy:
         raise ConfigError(f"predictor.kind: {config.predictor.kind} is not trained; trained are {', '.join(TRAINED)}")
     if config.predictor.path is None:
         raise ConfigError("predictor.path: train needs to know where to write")
+    _check_writable(Path(config.predictor.path))
     prepared = prepare(config)
     if len(prepared.rows) < 2 and config.predictor.kind != "oracle":
         raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
@@ -54,10 +55,22 @@ def train(config: Config) -> Accuracy:
     return _fit(config, prepared.model.shape, arena.identity, trace, embedding)
 
 
+def _check_writable(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.is_dir():
+        raise ConfigError(f"predictor.path: {path} is a directory; name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError as error:
+        raise ConfigError(f"predictor.path: {path.parent}: {error.strerror}") from None
+    if not writable:
+        raise ConfigError(f"predictor.path: {path.parent} cannot be written to")
+
+
 def record(prepared: Prepared) -> traces.Trace:
     """The routing of every row, in the order of the file's batches."""
     executor = Executor(prepared.executor_spec())
-    torch.set_num_threads(cores())
     parts = []
     with tqdm(total=len(prepared.rows), desc="tracing", unit="row", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in prepared.batches:

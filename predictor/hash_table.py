@@ -30,15 +30,11 @@ class HashTable:
         """Per MoE layer (expert, probability that any token needs it), likeliest first."""
         return tuple(_uses(experts, p) for experts, p in zip(self.experts, self.probability, strict=True))
 
-    @cached_property
-    def certain_uses(self) -> tuple[tuple[tuple[int, float], ...], ...]:
-        """The same when the table itself is the routing: every expert it names is needed."""
+    def uses_under(self, routing: str) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """`uses`; under "hash" routing, where the table is the routing, every expert that it names is certain."""
+        if routing == "exact":
+            return self.uses
         return tuple(tuple((expert, 1.0) for expert, _ in layer) for layer in self.uses)
-
-    @property
-    def expected_uses(self) -> float:
-        """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
-        return sum(p for layer in self.uses for _, p in layer)
 
 
 def _uses(experts: np.ndarray, probability: np.ndarray) -> tuple[tuple[int, float], ...]:

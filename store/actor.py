@@ -6,6 +6,7 @@ A restarted ExpertStore finds the arena it had, finished or not, in its place.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class ExpertStore:
         self._warm_start = self._arena is not None
         self._seconds = time.perf_counter() - start
         self._placed_bytes = 0
+        self._opening = threading.Lock()
+        self._closing = False
 
     def open(self) -> ArenaInfo:
         """Builds the arena from the checkpoint unless it is there.
@@ -44,10 +47,11 @@ class ExpertStore:
         Raises:
             CheckpointError, SpaceError: see `load`.
         """
-        if self._arena is None:
-            start = time.perf_counter()
-            self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
-            self._seconds = time.perf_counter() - start
+        with self._opening:
+            if self._arena is None:
+                start = time.perf_counter()
+                self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
+                self._seconds = time.perf_counter() - start
         return ArenaInfo(self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds)
 
     def placed_bytes(self) -> int:
@@ -60,9 +64,12 @@ class ExpertStore:
         Args:
             patience_s: how long to wait for processes that use it but are about to end.
         """
-        if self._arena is None:
+        self._closing = True
+        with self._opening:  # a build under way gives up at the next expert, and leaves nothing behind
+            arena, self._arena = self._arena, None
+            self._closing = False
+        if arena is None:
             return False
-        arena, self._arena = self._arena, None
         arena.close()
         if keep:
             return False
@@ -73,3 +80,5 @@ class ExpertStore:
 
     def _count_placed(self, nbytes: int) -> None:
         self._placed_bytes += nbytes
+        if self._closing:
+            raise InterruptedError("closed while the arena was being built")

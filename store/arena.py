@@ -218,6 +218,8 @@ def _write(fd: int, path: Path, layout: ArenaLayout, identity: str, fill: Callab
         mapped[: len(MAGIC) + 16 + len(body)] = (
             MAGIC + LAYOUT_VERSION.to_bytes(8, "little") + len(body).to_bytes(8, "little") + body
         )
+        mapped.flush()
+    os.fsync(fd)  # costs nothing in /dev/shm; on a disk, what is published must survive a power cut
 
 
 def _read_header(fd: int) -> dict:

@@ -8,14 +8,17 @@ predicted is read in place, from the arena: a wrong prediction costs time, never
 `background=True` copies on a thread of its own. `background=False` copies inside `plan` and `reading`, in the same order: the
 same experts move every time, for tests and for simulations.
 
-Knows batches only as numbers. Thread-safe; one lock guards all state, and no copy happens under it.
+Knows batches only as numbers, which rise in the order of execution. Thread-safe: one lock guards all state, and no copy happens
+under it.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +48,10 @@ class Movement:
     stall_ns: int = 0
     copy_spans: list[list[int]] = field(default_factory=list)
     """[start, end, experts]: runs of back-to-back copies, time.time_ns()."""
+    resident: list[int] = field(default_factory=list)
+    """Experts in slots per MoE layer, at the moment of `take`."""
+    resident_peak_bytes: int = 0
+    """The most that ever lay in slots."""
 
     def __post_init__(self) -> None:
         self.hits, self.misses = [0] * self.layers, [0] * self.layers
@@ -66,12 +73,11 @@ class CopyEngine:
         self._arena = arena
         self._policy = policy
         self._layers = len(arena.layout.layers)
-        self._queue: deque[tuple[int, Key]] = deque()  # what is planned, by position: the order in which it is needed
+        self._queue: list[tuple[int, int, Key]] = []  # a heap of (position, rank in the table, expert): as it is needed
         self._wanted: dict[int, list[Key]] = {}  # position -> planned experts, until that layer of that batch has been read
-        self._next_uses: defaultdict[Key, deque[int]] = defaultdict(deque)  # ascending positions
-        self._ordinals: dict[int, int] = {}  # batch -> its place in the order of planning, which is the order of execution
-        self._planned = 0
-        self._finished: set[int] = set()
+        self._next_uses: defaultdict[Key, list[int]] = defaultdict(list)  # ascending positions
+        self._planned: set[int] = set()
+        self._last_finished = -1
         self._movement = Movement(self._layers)
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -86,19 +92,18 @@ class CopyEngine:
 
         Those that are less likely needed than `WORTH_COPYING` are left to be read in place.
 
-        Does nothing for a batch that is planned or finished already: word of it may come late, or twice.
+        Does nothing for a batch that is planned already, or not later than a finished one: word may come late, or twice.
         """
         with self._changed:
-            if batch in self._ordinals or batch in self._finished:
+            if batch in self._planned or batch <= self._last_finished:
                 return
-            self._ordinals[batch] = self._planned
+            self._planned.add(batch)
             for layer, experts in enumerate(uses):
-                position = self._planned * self._layers + layer
+                position = batch * self._layers + layer
                 self._wanted[position] = [(layer, expert) for expert, p in experts if p >= WORTH_COPYING]
-                for key in self._wanted[position]:
-                    self._queue.append((position, key))
-                    self._next_uses[key].append(position)
-            self._planned += 1
+                for rank, key in enumerate(self._wanted[position]):
+                    heapq.heappush(self._queue, (position, rank, key))
+                    bisect.insort(self._next_uses[key], position)
         self._proceed()
 
     @contextmanager
@@ -116,8 +121,7 @@ class CopyEngine:
             pinned = [key for key in keys if key in self.slots]
             for key in pinned:
                 self.slots.pin(key)
-            if batch in self._ordinals:
-                self._pass(self._ordinals[batch] * self._layers + layer)
+            self._pass(batch * self._layers + layer)
             start = time.perf_counter_ns()
             self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in pinned))
             self._movement.stall_ns += time.perf_counter_ns() - start
@@ -139,19 +143,25 @@ class CopyEngine:
             self._proceed()
 
     def finish(self, batch: int) -> None:
-        """The batch has been executed, or never will be: what it still wanted is no longer wanted."""
+        """The batch has been executed: what it still wanted, or any planned before it, is no longer wanted.
+
+        A batch before it may have been planned and never come: executed by an Executor that died since.
+        """
         with self._changed:
-            self._finished.add(batch)
-            ordinal = self._ordinals.pop(batch, None)
-            if ordinal is not None:
+            self._last_finished = max(self._last_finished, batch)
+            for past in [planned for planned in self._planned if planned <= batch]:
+                self._planned.remove(past)
                 for layer in range(self._layers):
-                    self._pass(ordinal * self._layers + layer)
+                    self._pass(past * self._layers + layer)
         self._proceed()
 
     def take(self) -> Movement:
         """What has moved since the last call."""
         with self._changed:
             movement, self._movement = self._movement, Movement(self._layers)
+            resident = self.slots.resident()
+            movement.resident = [resident[layer] for layer in range(self._layers)]
+            movement.resident_peak_bytes = self.slots.resident_peak_bytes
             return movement
 
     def close(self) -> None:
@@ -180,9 +190,9 @@ class CopyEngine:
         """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
         with self._changed:
             while self._queue:
-                position, key = self._queue[0]
+                position, _, key = self._queue[0]
                 if position not in self._wanted or key in self.slots:
-                    self._queue.popleft()
+                    heapq.heappop(self._queue)
                     continue
                 if not self.slots.has_free:
                     victim = self._victim(position)
@@ -190,7 +200,7 @@ class CopyEngine:
                         return None
                     self.slots.evict(victim)
                     self._policy.evicted(victim)
-                self._queue.popleft()
+                heapq.heappop(self._queue)
                 self._policy.admitted(key)
                 return key, self.slots.admit(key)
             return None
@@ -205,7 +215,11 @@ class CopyEngine:
 
     def _copy(self, key: Key, slot: torch.Tensor) -> None:
         start = time.time_ns()
-        slot.copy_(self._arena.block(*key))
+        try:
+            slot.copy_(self._arena.block(*key))
+        except BaseException as error:
+            self._fail(error)
+            raise
         end = time.time_ns()
         with self._changed:
             self.slots.complete(key)
@@ -216,15 +230,20 @@ class CopyEngine:
         try:
             while True:
                 with self._changed:
-                    copy = self._next_copy()
-                    while copy is None and not self._closed:
-                        self._changed.wait()
+                    copy = None
+                    while copy is None:
+                        if self._closed:
+                            return
                         copy = self._next_copy()
-                    if copy is None:
-                        return
+                        if copy is None:
+                            self._changed.wait()
                 self._copy(*copy)
         except BaseException as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Whoever waits for a copy, or asks for experts from now on, is told."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()

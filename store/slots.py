@@ -45,10 +45,9 @@ def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> 
         raise SpaceError(f"store.budget: {budget!r} is not a budget; {hint}") from None
     if nbytes < 0:
         raise SpaceError(f"store.budget: {budget!r} is negative; {hint}")
-    nbytes = min(nbytes, expert_bytes)
     if nbytes > free:
         raise SpaceError(f"store.budget: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short")
-    return nbytes // slot_bytes
+    return min(nbytes, expert_bytes) // slot_bytes
 
 
 class Slots:
@@ -68,6 +67,7 @@ class Slots:
         self._free = list(range(count - 1, -1, -1))
         self._slot_of: dict[Key, int] = {}
         self._ready: set[Key] = set()
+        self._resident: Counter[int] = Counter()
         self._pins: Counter[Key] = Counter()
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # (slot or -1 - expert, layer) -> tensors
         self.resident_bytes = 0
@@ -93,7 +93,7 @@ class Slots:
 
     def resident(self) -> Counter[int]:
         """Ready experts per MoE layer."""
-        return Counter(layer for layer, _ in self._ready)
+        return self._resident.copy()
 
     def admit(self, key: Key) -> torch.Tensor:
         """Gives the expert a free slot; returns the bytes to fill, uint8 (block bytes,). `complete` must follow."""
@@ -107,11 +107,13 @@ class Slots:
         """The expert's copy has ended: it may be read from its slot."""
         assert key in self._slot_of and key not in self._ready
         self._ready.add(key)
+        self._resident[key[0]] += 1
 
     def evict(self, key: Key) -> None:
         """Frees the slot. Nothing is copied back: experts are read-only."""
         assert self.is_evictable(key)
         self._ready.remove(key)
+        self._resident[key[0]] -= 1
         self._free.append(self._slot_of.pop(key))
         self.resident_bytes -= self.block_bytes(key)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait for each other
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -307,7 +307,7 @@ def test_a_store_directory_that_is_not_there(refused, tmp_path):
 
 def test_an_output_directory_of_another_config(refused, case):
     run = OutputDir(parse(case.data | {"seed": 5}, "test"))
-    run.begin("inputs")
+    run.start_anew("inputs")
     run.add({"batch": 0, "results": []})
     run.close()
     assert f"output_dir: {case.output} holds a run with seed = 5, this config has 0" in refused()

@@ -207,7 +207,7 @@ def test_a_broken_encoding_names_the_line_and_the_byte(tmp_path):
 def test_what_is_not_a_json_object_is_refused_with_its_row(tmp_path):
     good = '{"sentence": "a", "label": 1}\n'
     assert "row 2 is not JSON" in refused(write(tmp_path, "rows.jsonl", good + "{broken\n"))
-    assert "row 2 is not JSON" in refused(write(tmp_path, "rows.jsonl", good + "\n" + good))
+    assert "row 2 is an empty line" in refused(write(tmp_path, "rows.jsonl", good + "\n" + good))
     assert "row 2 is not a JSON object" in refused(write(tmp_path, "rows.jsonl", good + "[1]\n"))
 
 

@@ -18,6 +18,14 @@ from pipeline.output import JOURNAL, METRICS, PREDICTIONS, STATE, InOrder, Outpu
 from tests.conftest import ROOT, read_jsonl
 
 
+def begin(run: OutputDir, inputs: str) -> list[dict]:
+    """As run() does, when nothing can be refused any more."""
+    entries = run.unfinished(inputs)
+    if not entries:
+        run.start_anew(inputs)
+    return entries
+
+
 def config(output: Path | str, **changes) -> Config:
     plain = {"model": {"path": "m"}, "data": {"path": "d.tsv"}, "labels": {"0": "bad", "1": "good"}, "output_dir": str(output)}
     return parse(plain | changes, "test")
@@ -30,7 +38,7 @@ def entry(batch: int) -> dict:
 def unfinished(output: Path, batches: int = 2, inputs: str = "inputs", **changes) -> None:
     """Leaves what a run that was killed after some batches leaves."""
     run = OutputDir(config(output, **changes))
-    assert run.begin(inputs) == []
+    assert begin(run, inputs) == []
     for batch in range(batches):
         run.add(entry(batch))
     run.close()
@@ -38,7 +46,7 @@ def unfinished(output: Path, batches: int = 2, inputs: str = "inputs", **changes
 
 def finished(output: Path) -> None:
     run = OutputDir(config(output))
-    run.begin("inputs")
+    begin(run, "inputs")
     run.add(entry(0))
     run.finish({"samples": 1})
 
@@ -54,7 +62,7 @@ def refused(output: Path | str, **changes) -> str:
 def test_a_run_resumes_with_what_the_killed_one_had_done(tmp_path):
     unfinished(tmp_path / "new" / "out", batches=3)
     run = OutputDir(config(tmp_path / "new" / "out"))
-    assert run.begin("inputs") == [entry(0), entry(1), entry(2)]
+    assert begin(run, "inputs") == [entry(0), entry(1), entry(2)]
     run.add(entry(3))
     run.close()
     assert read_jsonl(tmp_path / "new" / "out" / JOURNAL) == [entry(n) for n in range(4)]
@@ -66,7 +74,7 @@ def test_a_line_that_the_killed_run_did_not_finish_is_dropped_and_written_again(
     journal = tmp_path / "out" / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-lost])
     run = OutputDir(config(tmp_path / "out"))
-    assert run.begin("inputs") == [entry(0), entry(1)]
+    assert begin(run, "inputs") == [entry(0), entry(1)]
     run.add(entry(2))
     run.close()
     assert read_jsonl(journal) == [entry(0), entry(1), entry(2)]
@@ -77,7 +85,7 @@ def test_only_the_first_line_and_that_unfinished_is_a_fresh_start(tmp_path):
     journal = tmp_path / "out" / JOURNAL
     journal.write_bytes(journal.read_bytes()[:10])
     run = OutputDir(config(tmp_path / "out"))
-    assert run.begin("other inputs") == []  # nothing was done, so nothing is held against other inputs
+    assert begin(run, "other inputs") == []  # nothing was done, so nothing is held against other inputs
     run.close()
 
 
@@ -87,7 +95,7 @@ from pipeline.config import parse
 from pipeline.output import OutputDir
 plain = {"model": {"path": "m"}, "data": {"path": "d.tsv"}, "labels": {"0": "bad", "1": "good"}, "output_dir": sys.argv[1]}
 run = OutputDir(parse(plain, "test"))
-run.begin("inputs")
+run.start_anew("inputs")
 for batch in range(3):
     run.add({"batch": batch, "results": [{"index": batch, "label": 1, "scores": [0.1, 1 / 3]}]})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -99,7 +107,7 @@ def test_what_was_added_survives_a_kill_and_so_does_not_the_lock(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=ROOT, env=environment)
     assert done.returncode == -signal.SIGKILL
     run = OutputDir(config(tmp_path / "out"))
-    assert run.begin("inputs") == [entry(0), entry(1), entry(2)]
+    assert begin(run, "inputs") == [entry(0), entry(1), entry(2)]
     run.close()
 
 
@@ -141,7 +149,7 @@ def test_keys_that_change_no_result_may_differ(tmp_path):
     unfinished(tmp_path / "out")
     other = {"store": {"keep": True, "directory": "/tmp"}, "cluster": {"address": "auto"}, "train": {"epochs": 1}}
     run = OutputDir(config(f"{tmp_path}/./out", **other))
-    assert len(run.begin("inputs")) == 2
+    assert len(begin(run, "inputs")) == 2
     run.close()
 
 
@@ -149,7 +157,7 @@ def test_a_config_that_was_refused_before_anything_was_done_does_not_stand_in_th
     """A run that ends before its first batch, on a predictor's missing file say, is mended by changing the config."""
     unfinished(tmp_path / "out", batches=0, predictor={"path": "mistyped.safetensors"})
     run = OutputDir(config(tmp_path / "out", predictor={"path": "right.safetensors"}))
-    assert run.begin("inputs") == []
+    assert begin(run, "inputs") == []
     run.close()
 
 
@@ -158,7 +166,7 @@ def test_changed_inputs_are_refused(tmp_path):
     before = (tmp_path / "out" / JOURNAL).read_bytes()
     run = OutputDir(config(tmp_path / "out"))
     with pytest.raises(ConfigError, match="other data or another model"):
-        run.begin("other inputs")
+        begin(run, "other inputs")
     run.close()
     assert (tmp_path / "out" / JOURNAL).read_bytes() == before
 
@@ -166,12 +174,12 @@ def test_changed_inputs_are_refused(tmp_path):
 def test_two_runs_in_one_directory_at_once_are_refused(tmp_path):
     first = OutputDir(config(tmp_path / "out"))
     assert "being written by another run" in refused(tmp_path / "out")
-    first.begin("inputs")
+    begin(first, "inputs")
     first.add(entry(0))
     assert "being written by another run" in refused(tmp_path / "out")
     first.close()
     second = OutputDir(config(tmp_path / "out"))
-    assert second.begin("inputs") == [entry(0)]
+    assert begin(second, "inputs") == [entry(0)]
     second.close()
 
 
@@ -181,12 +189,12 @@ def test_a_finished_run_starts_anew(tmp_path):
     assert json.loads((tmp_path / "out" / METRICS).read_text()) == {"samples": 1}
     again = OutputDir(config(tmp_path / "out"))
     assert (tmp_path / "out" / METRICS).exists()  # until the new run begins, the old results stand
-    assert again.begin("other inputs") == []
+    assert begin(again, "other inputs") == []
     assert not (tmp_path / "out" / METRICS).exists()
     again.add(entry(0))
     again.close()
     resumed = OutputDir(config(tmp_path / "out"))
-    assert resumed.begin("other inputs") == [entry(0)]
+    assert begin(resumed, "other inputs") == [entry(0)]
     resumed.close()
 
 
@@ -194,7 +202,7 @@ def test_a_kill_between_the_metrics_and_the_end_of_the_journal_is_a_finished_run
     unfinished(tmp_path / "out")
     (tmp_path / "out" / METRICS).write_text("{}")
     run = OutputDir(config(tmp_path / "out"))
-    assert run.begin("inputs") == []
+    assert begin(run, "inputs") == []
     run.close()
     assert (tmp_path / "out" / JOURNAL).read_bytes() == b""
 
@@ -230,7 +238,7 @@ def test_a_relative_directory_in_rays_copy_of_the_project_is_refused_with_the_fi
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     run = OutputDir(config(tmp_path / "out"))
-    run.begin("inputs")
+    begin(run, "inputs")
     run.write("report.html", "old")
 
     def full(source, target):

@@ -23,19 +23,19 @@ def ragged(rng: np.random.Generator, rows: int, vocab: int, streams: int = 1, sh
     )
 
 
-def trace_by_rule(tokens: TokenBatch, shape: RoutingShape, rules: list[Rule], weight: np.ndarray | None = None) -> Trace:
+def trace_by_rule(tokens: TokenBatch, shape: RoutingShape, rules: list[Rule], weights: list[np.ndarray]) -> Trace:
     """The trace of a router that follows a rule per MoE layer and is sure of it: 0.9 for its choice, the rest shared out.
 
     Args:
-        weight: by token id, the scaling factor; 0.9 if not given.
+        weights: per MoE layer the scaling factor by token id.
     """
     layers = []
-    for experts, stream, rule in zip(shape.experts, shape.streams, rules, strict=True):
+    for experts, stream, rule, weight in zip(shape.experts, shape.streams, rules, weights, strict=True):
         chosen = np.concatenate([rule(row) for row in tokens.streams[stream]])
         others = (chosen[:, None] + np.arange(experts)) % experts  # the choice first, then every other expert
         shares = np.full(others.shape, 0.1 / (experts - 1))
         shares[:, 0] = 0.9
-        size = np.full(len(chosen), 0.9) if weight is None else weight[tokens.flat(stream)]
+        size = weight[tokens.flat(stream)]
         layers.append(LayerTrace(others.astype(np.int16), shares.astype(np.float16), size.astype(np.float16)))
     return Trace(tokens, tuple(layers))
 

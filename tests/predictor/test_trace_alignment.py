@@ -24,17 +24,6 @@ from tests.conftest import SENTENCES, config_data, save_switch
 TOP_T = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The models are tiny; two threads on busy cores wait for each other a thousand times a forward."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.train.cores", lambda: 1)
-        yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def hooked(model: torch.nn.Module):
     """Collects (experts one-hot, weight, logits) of every router call, in the order of the calls."""

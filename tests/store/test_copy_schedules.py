@@ -201,9 +201,8 @@ class World:
             (
                 tuple(engine._queue),
                 frozenset(engine._wanted),
-                tuple(engine._ordinals.items()),
-                engine._planned,
-                frozenset(engine._finished),
+                frozenset(engine._planned),
+                engine._last_finished,
             ),
             (tuple(self.engine._policy.order()), tuple(self.engine._movement.hits), self.evictions),
         )
