@@ -123,8 +123,8 @@ class World:
         self.other = list(case.other)
         self.copying: tuple[Key, torch.Tensor] | None = None
         self.future: list[tuple[int, Key]] = []  # what is planned and not yet past, kept independently of the engine
-        self.ordinals: dict[int, int] = {}
-        self.gone: set[int] = set()
+        self.planned: set[int] = set()
+        self.finished = -1
         self.evicted: Key | None = None
         self.reading: list[Key] = []
         self.admitted: list[Key] = []
@@ -147,28 +147,26 @@ class World:
     def perform(self, what: str, batch: int, *details) -> None:
         if what == "plan":
             self.engine.plan(batch, *details)
-            if batch not in self.ordinals and batch not in self.gone:
-                ordinal = self.ordinals[batch] = len(self.ordinals)
+            if batch not in self.planned and batch > self.finished:
+                self.planned.add(batch)
                 layers = len(self.arena.layout.layers)
                 self.future += [
-                    (ordinal * layers + layer, (layer, e))
+                    (batch * layers + layer, (layer, e))
                     for layer, uses in enumerate(*details)
                     for e, p in uses
                     if p >= WORTH_COPYING
                 ]
         elif what == "finish":
             self.engine.finish(batch)
-            self.gone.add(batch)
-            if batch in self.ordinals:
-                layers = len(self.arena.layout.layers)
-                self.future = [(at, key) for at, key in self.future if at // layers != self.ordinals[batch]]
+            self.finished = max(self.finished, batch)
+            layers = len(self.arena.layout.layers)
+            self.future = [(at, key) for at, key in self.future if at // layers > batch]
         else:
             self.read(batch, *details)
 
     def read(self, batch: int, layer: int, experts: Sequence[int]) -> None:
-        if batch in self.ordinals and batch not in self.gone:
-            now = self.ordinals[batch] * len(self.arena.layout.layers) + layer
-            self.future = [(at, key) for at, key in self.future if at != now]
+        now = batch * len(self.arena.layout.layers) + layer
+        self.future = [(at, key) for at, key in self.future if at != now]
         with self.engine.reading(batch, layer, experts) as views:
             start, end = self.slots.memory.data_ptr(), self.slots.memory.data_ptr() + self.slots.memory.numel()
             self.reading = [
