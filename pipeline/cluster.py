@@ -43,6 +43,7 @@ def cluster(address: str | None) -> Iterator[None]:
         if address:
             ray.init(address=address, **quiet)
         else:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put the Executor behind whatever else runs
             ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         if not address:

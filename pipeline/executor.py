@@ -148,7 +148,7 @@ class Executor:
             stall_ms=moved.stall_ns / 1e6,
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
-            predicted_uses=_expected(prediction, routing),
+            predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
         if prediction is not None and forward.decisions:
             truth = [layer.top[:, 0] for layer in forward.decisions]
@@ -181,11 +181,6 @@ class Executor:
         table = prediction.table if prediction is not None and routing == "hash" else None
         self._current.forward = Forward(batch.index, tuple(real), table, top_t)
         return self._current.forward
-
-
-def _expected(prediction: Prediction | None, routing: str) -> float:
-    """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
-    return sum(p for layer in prediction.table.uses_under(routing) for _, p in layer) if prediction else 0.0
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

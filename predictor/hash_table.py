@@ -36,6 +36,10 @@ class HashTable:
             return self.uses
         return tuple(tuple((expert, 1.0) for expert, _ in layer) for layer in self.uses)
 
+    def expected_uses(self, routing: str) -> float:
+        """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
+        return sum(p for layer in self.uses_under(routing) for _, p in layer)
+
 
 def _uses(experts: np.ndarray, probability: np.ndarray) -> tuple[tuple[int, float], ...]:
     """1 - the probability that no token needs the expert, tokens taken as independent."""

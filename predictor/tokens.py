@@ -17,6 +17,10 @@ class TokenBatch:
 
     streams: tuple[tuple[np.ndarray, ...], ...]
 
+    def __reduce__(self) -> tuple:
+        """Two arrays a stream instead of one a row: a batch crosses from process to process several times."""
+        return _unpack, tuple((self.flat(s), self.lengths[s]) for s in range(len(self.streams)))
+
     @property
     def size(self) -> int:
         return len(self.streams[0])
@@ -29,6 +33,11 @@ class TokenBatch:
     def flat(self, stream: int) -> np.ndarray:
         """All token ids of a stream, row after row: the order of tokens in hash tables and traces. int64 (tokens,)."""
         return np.concatenate(self.streams[stream])
+
+
+def _unpack(*streams: tuple[np.ndarray, np.ndarray]) -> TokenBatch:
+    """From (all ids, tokens per row) of each stream."""
+    return TokenBatch(tuple(tuple(np.split(ids, np.cumsum(lengths)[:-1])) for ids, lengths in streams))
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,8 @@ class CopyEngine:
                         return None
                     self.slots.evict(victim)
                     self._policy.evicted(victim)
+                    for use in self._next_uses[victim]:  # it may have been passed over while it was resident
+                        heapq.heappush(self._queue, (use, 0, victim))
                 heapq.heappop(self._queue)
                 self._policy.admitted(key)
                 return key, self.slots.admit(key)

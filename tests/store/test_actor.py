@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,13 @@ def test_a_restarted_store_builds_what_was_not_finished(make, path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "never came true"
+        time.sleep(0.001)
+
+
 def child_opens(answers, path: Path, directory: Path) -> None:
     class Slow(ExpertStore):
         def _count_placed(self, nbytes: int) -> None:
@@ -158,6 +167,49 @@ def test_a_store_killed_while_loading_is_replaced_by_one_that_loads_all(make, pa
     assert make().open().warm_start is False
     check(path)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_build_under_way_gives_up_when_closed_and_leaves_nothing(make, path, monkeypatch):
+    store, placed, go_on = make(), threading.Event(), threading.Event()
+    count = store._count_placed
+
+    def slowly(nbytes: int) -> None:
+        placed.set()
+        assert go_on.wait(PATIENCE_S)
+        count(nbytes)
+
+    monkeypatch.setattr(store, "_count_placed", slowly)
+    answers: list[object] = []
+
+    def opens() -> None:
+        try:
+            answers.append(store.open())
+        except InterruptedError as error:
+            answers.append(error)
+
+    opening = threading.Thread(target=opens, daemon=True)
+    opening.start()
+    assert placed.wait(PATIENCE_S)
+    closing = threading.Thread(target=lambda: answers.append(store.close(keep=True)), daemon=True)
+    closing.start()
+    until(lambda: store._closing)
+    go_on.set()
+    opening.join(PATIENCE_S)
+    closing.join(PATIENCE_S)
+    assert isinstance(answers[0], InterruptedError)
+    assert answers[1] is False
+    assert list(path.parent.iterdir()) == []
+    store.open()  # and it may be asked again
+    check(path)
+
+
+def test_close_waits_for_those_who_are_about_to_end(make, path):
+    store = make()
+    store.open()
+    executor = Arena.attach(path)
+    threading.Timer(0.1, executor.close).start()
+    assert store.close(keep=False, patience_s=PATIENCE_S) is True
+    assert not path.exists()
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_when_opened_and_the_store_can_be_asked_again(make, path, directory):

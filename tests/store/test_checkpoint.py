@@ -368,3 +368,23 @@ def test_the_fingerprint_changes_with_any_shard(tmp_path):
         file.touch()
         seen.add(Checkpoint(directory).fingerprint)
     assert len(seen) == 4
+
+
+def test_the_sample_is_that_of_the_weights_and_not_of_the_files(tmp_path):
+    first = Checkpoint(save_single(tmp_path / "model", all_kinds())).sample()
+    assert Checkpoint(save_single(tmp_path / "again", all_kinds())).sample() == first
+    assert Checkpoint(save_sharded(tmp_path / "sharded", all_kinds())).sample() == first
+
+
+def test_the_sample_changes_with_training_with_a_name_a_shape_and_a_dtype(tmp_path):
+    made = all_kinds()
+    trained = {"t.F32": made["t.F32"] * 1.001}
+    changed = [
+        trained,
+        {"t.F32": made["t.F32"].view(5, 3)},
+        {"t.F32": made["t.F32"].view(torch.int32)},
+        {"s.none": torch.empty(1, 0)},
+        {"more": torch.ones(1)},
+    ]
+    samples = {Checkpoint(save_single(tmp_path / f"{i}", made | change)).sample() for i, change in enumerate([{}, *changed])}
+    assert len(samples) == 6

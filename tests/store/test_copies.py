@@ -217,6 +217,15 @@ def test_among_those_that_nobody_wants_the_policy_chooses(make, policy, evicted)
     assert resident(engine, (0, A), (0, B), (0, C)) == [evicted != A, evicted != B, True]
 
 
+def test_to_fifo_one_who_was_evicted_and_comes_back_is_the_last_in(make):
+    engine = make(2)
+    for batch, experts in enumerate(([A, B], [C], [A], [D])):
+        engine.plan(batch, sure(experts, []))
+        engine.finish(batch)
+    assert copied(engine) == [(0, A), (0, B), (0, C), (0, A), (0, D)]
+    assert resident(engine, (0, A), (0, B), (0, C), (0, D)) == [True, False, False, True]
+
+
 @pytest.mark.parametrize("policy", [FIFO, LRU])
 def test_nobody_is_evicted_whom_a_queued_table_wants_sooner(make, policy):
     """A is first by either policy, but wanted by batch 1; B is wanted later than C, so B goes for it."""
@@ -345,6 +354,66 @@ def test_batches_may_be_executed_in_another_order_than_planned_and_repeated(make
     assert [h + m for h, m in zip(moved.hits, moved.misses, strict=True)] == [15, 15]
     assert not engine._wanted
     assert not engine._queue
+
+
+def test_plans_that_come_in_another_order_are_served_in_the_order_of_batches(make):
+    engine = make(1)
+    engine.plan(0, sure([A], []))
+    engine.plan(2, sure([C], []))
+    engine.plan(1, sure([B], []))
+    for batch, expert in enumerate((A, B, C)):
+        read(engine, batch, 0, expert)
+        engine.finish(batch)
+    assert copied(engine) == [(0, A), (0, B), (0, C)]
+    assert engine.take().misses == [0, 0]
+
+
+def test_one_who_made_room_for_a_late_plan_comes_back_in_time(make):
+    """A restarted executor hears of batch 1 while batch 0, whose plan was lost, comes with its own."""
+    engine = make(1)
+    engine.plan(1, sure([B], []))
+    engine.plan(0, sure([A], []))
+    read(engine, 0, 0, A)
+    engine.finish(0)
+    assert resident(engine, (0, B)) == [True]
+    read(engine, 1, 0, B)
+    assert engine.take().hits == [2, 0]
+
+
+def test_a_plan_whose_batch_never_comes_blocks_nobody_after_it(make):
+    engine = make(1)
+    engine.plan(0, sure([A], []))
+    engine.plan(1, sure([B], []))
+    read(engine, 1, 0, B)
+    engine.finish(1)  # batch 0 was executed by one who died
+    engine.plan(2, sure([C], []))
+    assert resident(engine, (0, C)) == [True]
+    engine.finish(2)
+    assert not engine._wanted
+    assert not engine._planned
+    assert not any(engine._next_uses.values())
+
+
+def test_a_plan_for_a_batch_before_a_finished_one_is_ignored_and_one_after_it_is_not(make):
+    engine = make(5)
+    engine.finish(5)
+    engine.plan(5, sure([A], []))
+    engine.plan(3, sure([B], []))
+    engine.plan(6, sure([C], []))
+    engine.finish(4)  # late word changes nothing
+    engine.plan(5, sure([D], []))
+    assert copied(engine) == [(0, C)]
+
+
+def test_who_is_resident_and_the_peak_are_told_with_what_moved(make):
+    engine = make(3)
+    engine.plan(0, sure([A, B], [C]))
+    moved = engine.take()
+    assert (moved.resident, moved.resident_peak_bytes) == ([2, 1], 3 * BLOCK)
+    engine.finish(0)
+    engine.plan(1, sure([], [A, B]))
+    moved = engine.take()
+    assert (moved.resident, moved.resident_peak_bytes) == ([0, 3], 3 * BLOCK)
 
 
 def test_nobody_is_evicted_while_being_read(make):

@@ -218,6 +218,7 @@ class World:
             self.copying = self.engine._next_copy()
             assert self.evicted is None, "evicted for nobody"
             if self.copying is None:
+                self.check_rest()
                 return False
             self.copying[1].fill_(0xEE)
         else:
@@ -262,12 +263,21 @@ class World:
         self.admitted.append(key)
         return Slots.admit(self.slots, key)
 
+    def check_rest(self) -> None:
+        """The copy thread has nothing to do only if there is no way to bring who is needed next."""
+        missing = [at for at, key in self.future if key not in self.slots]
+        if missing and self.slots.count:
+            assert not self.slots.has_free, "rests beside a free slot"
+            late = [key for key in self.slots._slot_of if all(use > min(missing) for use, wanted in self.future if wanted == key)]
+            assert not any(self.slots.is_evictable(key) for key in late), "rests though one may go"
+
     def check(self) -> None:
         slots = self.slots
         taken = list(slots._slot_of.values())
         assert len(set(taken)) == len(taken), "two experts in one slot"
         assert not set(taken) & set(slots._free)
         assert len(taken) + len(slots._free) == slots.count
+        assert sorted(self.engine._policy.order()) == sorted(slots._slot_of)
         assert slots.resident_bytes == sum(slots.block_bytes(key) for key in slots._slot_of)
         assert slots.resident_bytes <= slots.resident_peak_bytes <= slots.memory.numel()
         assert set(self.reading) <= slots._ready <= slots._slot_of.keys()
@@ -314,6 +324,12 @@ CASES = {
         other=[("finish", 0), ("plan", 1, sure([B])), ("plan", 2, sure([A]))],
         most_hits=2,
     ),
+    "plans come in any order": Case(
+        slots=1,
+        reader=[("read", 0, 0, [A, B]), ("finish", 0), ("read", 1, 0, [B, C]), ("finish", 1), ("read", 2, 0, [C])],
+        other=[("plan", 2, sure([C])), ("plan", 0, sure([A])), ("plan", 1, sure([B]))],
+        most_hits=3,
+    ),
     "three batches compete for two slots": Case(
         slots=2,
         reader=[
@@ -346,13 +362,13 @@ def test_in_every_order_of_steps_readers_see_the_arenas_bytes_and_the_budget_is_
 
 
 def random_case(seed: int) -> Case:
-    """Batches planned ahead by another thread, with predictions that are often wrong, some of them lost or cancelled."""
+    """Batches planned ahead by another thread, not always in order; predictions are often wrong, and some are cancelled."""
     rng = random.Random(seed)
     batches, experts, layers = 5, 4, 2
     reader: list[tuple] = []
     other: list[tuple] = []
     for batch in range(batches):
-        other.append(("plan", batch, random_plan(rng, layers, experts)))
+        other.insert(rng.randint(max(0, len(other) - 2), len(other)), ("plan", batch, random_plan(rng, layers, experts)))
         if rng.random() < 0.2:
             other.append(("finish", rng.randint(0, batch)))
         if rng.random() < 0.3:
