@@ -131,7 +131,7 @@ def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}: row {number} is an empty line; remove it")
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: row {number} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}: row {number} is not a JSON object")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch.nn.functional import embedding as look_up
 
 from predictor.accuracy import Accuracy, compare
 from predictor.hash_function import HashFunction, LSTMPredictor, pack
-from predictor.hash_table import HashTable
-from predictor.tokens import RoutingShape, TokenBatch
+from predictor.registry import HashPredictor
+from predictor.tokens import RoutingShape
 from predictor.traces import TOP_T, LayerTrace, Trace, select
 
 
@@ -107,13 +106,7 @@ def layer_loss(logits: torch.Tensor, scale: torch.Tensor, truth: LayerTrace, set
     return distance + settings.ce_weight * cross_entropy(logits, top[:, 0]) + mse_loss(scale, weight)
 
 
-class TablePredictor(Protocol):
-    """Whatever makes hash tables."""
-
-    def predict(self, tokens: TokenBatch) -> HashTable: ...
-
-
-def evaluate(predictor: TablePredictor, trace: Trace, shape: RoutingShape, rows_at_once: int = 64) -> Accuracy:
+def evaluate(predictor: HashPredictor, trace: Trace, shape: RoutingShape, rows_at_once: int = 64) -> Accuracy:
     """Top-1 and top-3 of a predictor on a trace."""
     total = Accuracy()
     for start in range(0, trace.tokens.size, rows_at_once):
