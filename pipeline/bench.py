@@ -27,6 +27,7 @@ from pipeline.driver import Actors, Window, run_batches
 from pipeline.executor import BatchResult, Executor
 from pipeline.metrics import versions
 from pipeline.prepare import Prepared, prepare
+from pipeline.progress import bar
 from pipeline.train import record
 from predictor import traces
 from predictor.actor import Prediction, Predictor
@@ -46,7 +47,8 @@ def bench(config: Config) -> dict[str, Any]:
     output = Path(config.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
     store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
-    arena = store.open()
+    with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
+        arena = store.open(shown.update)
     try:
         trace = output / "trace.safetensors"
         traces.save(record(prepared), trace, prepared.model.shape, arena.identity)

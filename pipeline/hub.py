@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 
 from pipeline.errors import ModelError
+from pipeline.progress import bar
 from store.checkpoint import INDEX, SINGLE
 
 PICKLED = "pytorch_model.bin"
@@ -67,13 +68,15 @@ def _converted(directory: Path) -> Path:
         return target
     target.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    for shard in shards:
-        tensors = _read_pickled(directory / shard)
-        name = Path(shard).with_suffix(".safetensors").name
-        beside = target / f".{name}.{os.getpid()}"
-        save_file({key: value.clone().contiguous() for key, value in tensors.items()}, beside)  # clone: no shared storage
-        os.replace(beside, target / name)
-        weight_map |= dict.fromkeys(tensors, name)
+    with bar("converting .bin", len(shards), unit="file") as shown:
+        for shard in shards:
+            tensors = _read_pickled(directory / shard)
+            name = Path(shard).with_suffix(".safetensors").name
+            beside = target / f".{name}.{os.getpid()}"
+            save_file({key: value.clone().contiguous() for key, value in tensors.items()}, beside)  # clone: no shared storage
+            os.replace(beside, target / name)
+            weight_map |= dict.fromkeys(tensors, name)
+            shown.update()
     for file in directory.iterdir():
         if file.suffix in (".json", ".model", ".txt") and file.name != PICKLED_INDEX:
             (target / file.name).write_bytes(file.read_bytes())

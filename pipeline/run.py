@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from tqdm import tqdm
 
 from pipeline.cluster import cluster
 from pipeline.config import Config
@@ -19,6 +17,7 @@ from pipeline.driver import Actors, open_store, run_batches, start_store
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
 from pipeline.prepare import Prepared, check_predictor, prepare
+from pipeline.progress import bar
 from pipeline.report import report
 from pipeline.timeline import timeline
 from store.actor import ArenaInfo
@@ -72,10 +71,10 @@ def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
 
 
 def _open(store: Any, prepared: Prepared) -> ArenaInfo:
-    with _bar("placing experts", prepared.layout.nbytes, unit="B", unit_scale=True) as bar:
+    with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
 
         def progress(nbytes: int) -> None:
-            bar.update(nbytes - bar.n)
+            shown.update(nbytes - shown.n)
 
         arena = open_store(store, progress)
     how = "attached a warm arena" if arena.warm_start else "built the arena"
@@ -100,8 +99,8 @@ def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: lis
     for number, (routing, todo) in enumerate(passes):
         left = [batch for batch in todo if batch.index not in done]
         label = f"{routing} routing" if number == 0 else "exact routing, to compare"
-        with _bar(label, len(prepared.rows), unit="row") as bar:
-            bar.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
+        with bar(label, len(prepared.rows)) as shown:
+            shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
             for item in run_batches(actors, left, routing, prepared.slots, config.predictor.lookahead):
                 now = time.perf_counter()
@@ -109,7 +108,7 @@ def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: lis
                 last = now
                 output.add(entry)
                 entries.append(entry)
-                bar.update(len(item.results))
+                shown.update(len(item.results))
                 if number == 0:
                     predictions.add(item.results)
     predictions.close()
@@ -204,11 +203,6 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
     _say(f"  {METRICS:<18} every figure of this run")
     _say("  timeline.json      predict, copy and compute lanes: open it at https://ui.perfetto.dev")
     _say("  report.html        the pictures: open it in a browser")
-
-
-def _bar(label: str, total: int, **options: Any) -> tqdm:
-    """Quiet when not a terminal."""
-    return tqdm(total=total, desc=label, disable=not sys.stderr.isatty(), leave=False, delay=0.5, **options)
 
 
 def _say(text: str) -> None:

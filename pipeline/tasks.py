@@ -18,8 +18,10 @@ from pipeline.config import Config
 from pipeline.data import Batch, Encoded, Row
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import ModelSpec
+from pipeline.progress import bar
 from predictor.tokens import DECODER, ENCODER
 
+ROWS_AT_ONCE = 1000
 Result = dict[str, Any]
 """One line of predictions.jsonl."""
 
@@ -78,7 +80,12 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_token
     """Token ids of text and pair, int64 arrays; and how many rows were longer than `max_tokens`."""
     texts = [row.text for row in rows]
     pairs = [row.pair for row in rows] if rows[0].pair is not None else None
-    full = tokenizer(texts, pairs, add_special_tokens=True)["input_ids"]
+    full: list[list[int]] = []
+    with bar("tokenising", len(texts)) as shown:
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            full += tokenizer(texts[part], pairs[part] if pairs else None, add_special_tokens=True)["input_ids"]
+            shown.update(len(texts[part]))
     too_long = [i for i, ids in enumerate(full) if len(ids) > max_tokens]
     if too_long:
         cut_pairs = [pairs[i] for i in too_long] if pairs else None

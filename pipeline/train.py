@@ -6,7 +6,6 @@ One process, no Ray: the same Executor class that serves, with a budget, records
 from __future__ import annotations
 
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.executor import Executor
 from pipeline.models import load_embedding
 from pipeline.prepare import Prepared, prepare
+from pipeline.progress import bar
 from predictor import traces
 from predictor.accuracy import Accuracy
 from predictor.registry import save_lstm, save_token_table
@@ -46,7 +46,8 @@ def train(config: Config) -> Accuracy:
     if len(prepared.rows) < 2 and config.predictor.kind != "oracle":
         raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
     store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
-    arena = store.open()
+    with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
+        arena = store.open(shown.update)
     try:
         trace = record(prepared)
         embedding = load_embedding(arena.path, prepared.model.embedding)
@@ -72,10 +73,10 @@ def record(prepared: Prepared) -> traces.Trace:
     """The routing of every row, in the order of the file's batches."""
     executor = Executor(prepared.executor_spec())
     parts = []
-    with tqdm(total=len(prepared.rows), desc="tracing", unit="row", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with bar("tracing", len(prepared.rows)) as shown:
         for batch in prepared.batches:
             parts.append(executor.trace(batch, traces.TOP_T))
-            bar.update(len(batch.rows))
+            shown.update(len(batch.rows))
     executor.close()
     return traces.join(parts)
 
@@ -95,11 +96,11 @@ def _fit(config: Config, shape: RoutingShape, identity: str, trace: traces.Trace
         save_token_table(table, path, identity, accuracy.rates())
     else:
         steps = config.train.epochs * -(-len(rows) // config.train.batch_size)
-        with tqdm(total=steps, desc="training", unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+        with bar("training", steps, unit="step") as shown:
 
             def on_step(loss: float) -> None:
-                bar.set_postfix(loss=f"{loss:.3f}")
-                bar.update()
+                shown.set_postfix(loss=f"{loss:.3f}")
+                shown.update()
 
             network, accuracy = train_network(
                 training,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,15 @@ class ExpertStore:
         self._warm_start = self._arena is not None
         self._seconds = time.perf_counter() - start
         self._placed_bytes = 0
+        self._progress: Callable[[int], object] = lambda nbytes: None
         self._opening = threading.Lock()
         self._closing = False
 
-    def open(self) -> ArenaInfo:
+    def open(self, progress: Callable[[int], object] = lambda nbytes: None) -> ArenaInfo:
         """Builds the arena from the checkpoint unless it is there.
+
+        Args:
+            progress: called with the number of bytes just placed; another process asks `placed_bytes` instead.
 
         Raises:
             CheckpointError, SpaceError: see `load`.
@@ -50,6 +55,7 @@ class ExpertStore:
         with self._opening:
             if self._arena is None:
                 start = time.perf_counter()
+                self._progress = progress
                 self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
                 self._seconds = time.perf_counter() - start
         return ArenaInfo(self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds)
@@ -80,5 +86,6 @@ class ExpertStore:
 
     def _count_placed(self, nbytes: int) -> None:
         self._placed_bytes += nbytes
+        self._progress(nbytes)
         if self._closing:
             raise InterruptedError("closed while the arena was being built")
