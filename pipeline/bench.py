@@ -34,7 +34,7 @@ from predictor.actor import Prediction, Predictor
 from predictor.registry import PredictorSpec
 from store.actor import ExpertStore
 
-ROUNDS = 5
+ROUNDS = 9
 
 
 def bench(config: Config) -> dict[str, Any]:
