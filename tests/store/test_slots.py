@@ -100,6 +100,11 @@ def test_a_budget_above_what_is_free_is_refused_with_the_shortfall_in_bytes(budg
         parse_budget(budget, EXPERTS, SLOT, free)
 
 
+def test_a_budget_above_what_is_free_is_refused_even_if_all_experts_would_fit():
+    with pytest.raises(SpaceError, match=rf": {1 * GiB} bytes short$"):
+        parse_budget("2GiB", EXPERTS, SLOT, 1 * GiB)
+
+
 def test_a_budget_of_exactly_what_is_free_is_granted():
     assert parse_budget("20%", EXPERTS, SLOT, 20 * SLOT) == 20
 
@@ -167,6 +172,9 @@ def test_residents_are_counted_per_layer_once_ready(arena):
         slots.complete(key)
     slots.admit((1, 3))
     assert slots.resident() == {0: 2, 1: 1}
+    slots.evict((0, 0))
+    slots.complete((1, 3))
+    assert slots.resident() == {0: 1, 1: 2}
 
 
 def test_a_pinned_expert_is_not_evictable_until_every_pin_is_gone(arena):
