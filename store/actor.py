@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from store.arena import Arena
-from store.checkpoint import Checkpoint
 from store.load import Placement, load
+from store.weights import Source
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class ArenaInfo:
 class ExpertStore:
     """Run as a Ray actor; plain calls work too."""
 
-    def __init__(self, path: Path, checkpoint: Path, placement: Placement):
-        """Attaches the arena at `path` if it is there: a restarted actor needs no checkpoint."""
+    def __init__(self, path: Path, source: Source, placement: Placement):
+        """Attaches the arena at `path` if it is there: a restarted actor needs no weights."""
         start = time.perf_counter()
-        self._path, self._checkpoint, self._placement = path, checkpoint, placement
+        self._path, self._source, self._placement = path, source, placement
         self._arena = Arena.attach(path)
         self._warm_start = self._arena is not None
         self._seconds = time.perf_counter() - start
@@ -44,7 +44,7 @@ class ExpertStore:
         self._closing = False
 
     def open(self, progress: Callable[[int], object] = lambda nbytes: None) -> ArenaInfo:
-        """Builds the arena from the checkpoint unless it is there.
+        """Builds the arena from the model's weights unless it is there.
 
         Args:
             progress: called with the number of bytes just placed; another process asks `placed_bytes` instead.
@@ -56,7 +56,7 @@ class ExpertStore:
             if self._arena is None:
                 start = time.perf_counter()
                 self._progress = progress
-                self._arena = load(self._path, Checkpoint(self._checkpoint), self._placement, self._count_placed)
+                self._arena = load(self._path, self._source.open(), self._placement, self._count_placed)
                 self._seconds = time.perf_counter() - start
         return ArenaInfo(self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds)
 

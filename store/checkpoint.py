@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from store.errors import CheckpointError
+from store.weights import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,21 +32,14 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class StoredTensor(TensorInfo):
     """Where one tensor lies on disk."""
 
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     offset: int
     """Bytes from the start of the file."""
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
-
-def read_header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], bytes]:
     """The tensors of one safetensors file and its raw header.
 
     Raises:
@@ -71,7 +65,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
                 raise CheckpointError(
                     f"{file}: tensor {name} has dtype {entry['dtype']}, which is not served; known: {', '.join(DTYPES)}"
                 )
-            info = TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
+            info = StoredTensor(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
             if end - begin != info.nbytes:
                 raise CheckpointError(f"{file}: tensor {name} has {end - begin} bytes, its shape needs {info.nbytes}")
             if 8 + length + end > size:
@@ -87,8 +81,22 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
     return tensors, raw
 
 
+@dataclass(frozen=True)
+class CheckpointSource:
+    """How to open a checkpoint, wherever (store.weights.Source)."""
+
+    directory: Path
+    """Absolute: who opens it may work in another directory."""
+
+    def open(self) -> Checkpoint:
+        return Checkpoint(self.directory)
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+
 class Checkpoint:
-    """A directory in Hugging Face's safetensors format."""
+    """A directory in Hugging Face's safetensors format, as Weights (store.weights)."""
 
     def __init__(self, directory: Path):
         """Reads headers only.
@@ -97,7 +105,7 @@ class Checkpoint:
             CheckpointError: nothing there, an index that names a missing shard or tensor, or a damaged file.
         """
         self.directory = directory
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256()
         for file in self._files():
             tensors, header = read_header(file)
@@ -132,7 +140,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: holds neither {SINGLE} nor {INDEX}")
         return [self.directory / SINGLE]
 
-    def info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory}: has no tensor {name}")
         return self.tensors[name]
@@ -179,7 +187,7 @@ class Checkpoint:
         return out
 
 
-def _read_exactly(info: TensorInfo, name: str, out: torch.Tensor) -> None:
+def _read_exactly(info: StoredTensor, name: str, out: torch.Tensor) -> None:
     buffer = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
     with info.file.open("rb", buffering=0) as f:
         done = 0

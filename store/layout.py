@@ -73,6 +73,9 @@ class BlockLayout:
     def of(cls, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> BlockLayout:
         return cls(*place(tensors))
 
+    def part(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
+
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
         """The expert's tensors by name, as views of `block`: uint8, (nbytes,)."""
         return {part.name: part.view(block) for part in self.parts}

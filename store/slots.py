@@ -126,6 +126,14 @@ class Slots:
         self._pins[key] -= 1
         assert self._pins[key] >= 0
 
+    def slot_of(self, key: Key) -> int:
+        """The number of the slot that the expert has."""
+        return self._slot_of[key]
+
+    def address(self, slot: int) -> int:
+        """Where a slot's memory begins."""
+        return self._slots[slot].data_ptr()
+
     def block_bytes(self, key: Key) -> int:
         return self._layers[key[0]].block.nbytes
 

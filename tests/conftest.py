@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
+from pipeline.data import Batch
+from pipeline.tasks import Task
 
 torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait for each other
 
@@ -105,3 +109,11 @@ def config_data(model: Path, rows: Path, arenas: Path, output: Path, **changes) 
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers(task: Task, model: PreTrainedModel, batch: Batch) -> list[dict]:
+    """A task's results from a plain transformers model, padded to the longest row."""
+    with torch.inference_mode():
+        inputs = task.inputs(batch, lambda longest: longest)
+        outputs = task.forward(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+        return task.results(batch, outputs.cpu())

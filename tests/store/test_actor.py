@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from store.actor import ExpertStore
 from store.arena import BUILDING, Arena
-from store.checkpoint import SINGLE, Checkpoint
+from store.checkpoint import SINGLE, Checkpoint, CheckpointSource
 from store.errors import CheckpointError, SpaceError
 from store.load import Placement, routers_identity
 
@@ -44,7 +44,7 @@ def path(directory: Path, arena_dir: Path) -> Path:
 @pytest.fixture
 def make(path: Path, directory: Path):
     """make() -> an ExpertStore as the driver, or a restart, makes it."""
-    return lambda: ExpertStore(path, directory, PLACEMENT)
+    return lambda: ExpertStore(path, CheckpointSource(directory), PLACEMENT)
 
 
 def check(path: Path) -> None:
@@ -151,7 +151,7 @@ def child_opens(answers, path: Path, directory: Path) -> None:
             answers.send(self.placed_bytes())
             time.sleep(PATIENCE_S)
 
-    Slow(path, directory, PLACEMENT).open()
+    Slow(path, CheckpointSource(directory), PLACEMENT).open()
 
 
 def test_a_store_killed_while_loading_is_replaced_by_one_that_loads_all(make, path, directory):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from store.arena import Arena, build
-from store.copies import WORTH_COPYING, CopyEngine
+from store.copies import CopyEngine
 from store.eviction import FIFO, LRU
 from store.layout import ArenaLayout, Key
+from store.schedule import WORTH_COPYING
 from store.slots import Slots
 
 A, B, C, D = range(4)

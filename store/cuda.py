@@ -1,0 +1,113 @@
+"""The few calls of CUDA's driver that torch has no name for, or too slow a one: registration, copies and stores by address, events.
+
+The driver and not the runtime: a call that fails here, as registration may, leaves no error behind for torch's next call to find.
+What returns at once is called without giving up Python's lock: the copy thread makes half a dozen such calls for every expert,
+and to get the lock back from a thread that computes takes it longer than a copy. All addresses are plain integers. A context must
+be current: torch has made one by `torch.cuda.init()` and a first allocation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_size_t, c_uint64, c_void_p
+from functools import cache
+
+READ_ONLY = 0x08
+PORTABLE = 0x01
+_READ_ONLY_SUPPORTED = 113  # CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
+
+
+class CudaError(RuntimeError):
+    """A call that CUDA's driver refused, by its own name for the reason."""
+
+
+def register(address: int, nbytes: int, device: int, read_only: bool = True) -> int:
+    """Makes host memory readable for the GPU, at the link's full speed; returns its address on the device.
+
+    Args:
+        read_only: the mapping cannot be written (an arena's never can).
+
+    Raises:
+        CudaError: no such memory, not supported, too much of it.
+    """
+    flags = PORTABLE
+    if read_only:
+        supported = ctypes.c_int()
+        _call("cuDeviceGetAttribute", ctypes.byref(supported), _READ_ONLY_SUPPORTED, device)
+        if not supported.value:
+            raise CudaError("this GPU cannot register read-only memory")
+        flags |= READ_ONLY
+    _check("cuMemHostRegister_v2", _driver().cuMemHostRegister_v2(c_void_p(address), c_size_t(nbytes), flags))
+    there = c_uint64()
+    _call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), c_void_p(address), 0)
+    return there.value
+
+
+def unregister(address: int) -> None:
+    """Before the memory is unmapped."""
+    _check("cuMemHostUnregister", _driver().cuMemHostUnregister(c_void_p(address)))
+
+
+def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
+    """From host memory, in the stream's order. Returns at once if the memory is registered or pinned."""
+    _call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(nbytes), c_void_p(stream))
+
+
+def store(target: int, value: int, stream: int) -> None:
+    """One aligned 8-byte store to device memory, in the stream's order and after all that came before it in the stream."""
+    _call("cuStreamWriteValue64_v2", c_void_p(stream), c_uint64(target), c_uint64(value), 0)
+
+
+def wait(stream: int, event: Event) -> None:
+    """What is given to the stream from now on waits for the event."""
+    _call("cuStreamWaitEvent", c_void_p(stream), event.handle, 0)
+
+
+class Event:
+    """A point in a stream, recorded when it is made."""
+
+    def __init__(self, stream: int):
+        self.handle = c_void_p()
+        _call("cuEventCreate", ctypes.byref(self.handle), 0)
+        _call("cuEventRecord", self.handle, c_void_p(stream))
+
+    def synchronize(self) -> None:
+        """Blocks this thread, and no other, until the point is reached."""
+        _check("cuEventSynchronize", _driver().cuEventSynchronize(self.handle))
+
+    def ms_until(self, later: Event) -> float:
+        """Between two points that have been reached; negative if the other was first."""
+        elapsed = ctypes.c_float()
+        _call("cuEventElapsedTime", ctypes.byref(elapsed), self.handle, later.handle)
+        return elapsed.value
+
+    def __del__(self) -> None:
+        if self.handle:
+            _quick().cuEventDestroy_v2(self.handle)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """For calls that take their time: they give up Python's lock."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"no CUDA driver: {error}") from None
+
+
+@cache
+def _quick() -> ctypes.PyDLL:
+    """The same for calls that return at once: they keep it."""
+    _driver()
+    return ctypes.PyDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: object) -> None:
+    _check(name, getattr(_quick(), name)(*arguments))
+
+
+def _check(name: str, status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _quick().cuGetErrorName(status, ctypes.byref(text))
+        raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")

@@ -1,0 +1,134 @@
+"""Where the work of a device is put in order: a compute lane that reads experts, and a copy lane that brings them.
+
+A lane does what it is given in the order in which it was given, and does not care for the other unless it is told to wait for it.
+The order of events that keeps a reader right is made of two operations:
+
+`fill`      on the copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
+            address into the expert's entry of the pointer table. Until then a kernel that reads the entry finds the host's address.
+`withdraw`  on the compute lane: the host's address back into the entry. Kernels before it may still read the slot, kernels after
+            it cannot. The copy lane waits for this point before anything that is given to it later, so neither a copy into the
+            slot nor a new `fill` of that expert can come too early.
+
+A layer's kernels read each entry once, into scratch, and all of them use what was read.
+
+Evicting an expert whose `fill` has not ended would be wrong: its late store would point to a slot that belongs to another by then.
+The engine (device_copies.py) only evicts those whose mark it has seen reached.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from store import cuda
+from store.arena import Arena
+from store.layout import Key
+from store.slots import Slots
+
+
+class Mark(Protocol):
+    """A point of the copy lane."""
+
+    def wait(self) -> None:
+        """Blocks this thread, and no other, until the point is reached."""
+
+    def span(self) -> tuple[int, int]:
+        """When the `fill` that ends here was done, time.time_ns(); for a mark that has been reached."""
+
+
+class Lanes(Protocol):
+    """What the engine asks of a device; see above."""
+
+    def fill(self, key: Key, slot: int) -> Mark: ...
+
+    def withdraw(self, key: Key) -> None: ...
+
+
+class PointerTable:
+    """For every MoE layer the address of each of its experts: a slot, or the block in registered host memory.
+
+    Attributes:
+        entries: int64 (MoE layers, experts of the largest layer), on the device; 0 where a layer has no such expert.
+    """
+
+    def __init__(self, arena: Arena, host_address: int, device: torch.device):
+        """
+        Args:
+            host_address: of the arena's data, as the device sees it.
+        """
+        layers = arena.layout.layers
+        self._host = [[host_address + layer.expert_offset(e) for e in range(layer.experts)] for layer in layers]
+        self._width = max(layer.experts for layer in layers)
+        rows = [addresses + [0] * (self._width - len(addresses)) for addresses in self._host]
+        self.entries = torch.tensor(rows, dtype=torch.int64).to(device)
+        self._start = self.entries.data_ptr()
+
+    def host_address(self, key: Key) -> int:
+        return self._host[key[0]][key[1]]
+
+    def entry_address(self, key: Key) -> int:
+        """Where the entry itself lies."""
+        return self._start + 8 * (key[0] * self._width + key[1])
+
+
+class Clock:
+    """Turns events into time.time_ns(), so that all lanes of a timeline agree."""
+
+    def __init__(self, stream: int):
+        self._stream = stream
+        self.set()
+
+    def set(self) -> None:
+        """Waits for the stream. To be repeated now and then: CUDA tells the time between two events as a float of milliseconds."""
+        event = cuda.Event(self._stream)
+        event.synchronize()
+        self._base = (event, time.time_ns())
+
+    def ns(self, event: cuda.Event) -> int:
+        """When an event that has been reached was reached."""
+        base, at = self._base
+        return at + int(base.ms_until(event) * 1e6)
+
+
+@dataclass(frozen=True)
+class CudaMark:
+    """A `fill` under way."""
+
+    begun: cuda.Event
+    ended: cuda.Event
+    clock: Clock
+
+    def wait(self) -> None:
+        self.ended.synchronize()
+
+    def span(self) -> tuple[int, int]:
+        return self.clock.ns(self.begun), self.clock.ns(self.ended)
+
+
+class CudaLanes:
+    """Lanes on a GPU: two streams, and blocks in registered memory."""
+
+    def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
+        layers = arena.layout.layers
+        start = arena.memory.data_ptr()
+        self._source = [[start + layer.expert_offset(e) for e in range(layer.experts)] for layer in layers]
+        self._nbytes = [layer.block.nbytes for layer in layers]
+        self._slots = [slots.address(slot) for slot in range(slots.count)]
+        self._table = table
+        self._copy_stream = torch.cuda.Stream(slots.memory.device)  # kept: its handle dies with it
+        self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
+        self.clock = Clock(self._copy)
+
+    def fill(self, key: Key, slot: int) -> Mark:
+        layer, expert = key
+        begun = cuda.Event(self._copy)
+        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
+        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
+        return CudaMark(begun, cuda.Event(self._copy), self.clock)
+
+    def withdraw(self, key: Key) -> None:
+        cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
+        cuda.wait(self._copy, cuda.Event(self._compute))
