@@ -12,6 +12,7 @@ examples:
   python runner.py run configs/quickstart.yaml
   python runner.py run configs/quickstart.yaml store.budget=50% output_dir=runs/half
   python runner.py train configs/train-quickstart.yaml
+  python runner.py bench configs/bench-movie.yaml
   python runner.py clean
 
 Every key of a config is explained in docs/config.md. A value after a key is YAML, as in the file.
@@ -83,8 +84,11 @@ names (lstm or token_table) on it, and writes predictor.path.
 Shows top-1 and top-3 per MoE layer on rows that are held out of training (train.holdout)."""
 
 BENCH = """\
-Runs the config's data several times through Ray's pipeline and through direct calls of the same Executor, in turn, with
-recorded tables and one compute thread, and writes output_dir/bench.json."""
+Runs the config's data through every system of bench.systems, in turn, several rounds, for every one of bench.batch_sizes and
+bench.budgets: this project's Executor with every expert on the device and under a budget, transformers on the whole model,
+accelerate's offload, and others that docs/benchmarks.md describes. Every time stands beside the error of the same answers.
+
+Writes into output_dir: bench.json, bench.md, timeline-*.json and, with matplotlib, throughput.png and memory.png."""
 
 CLEAN = """\
 Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,

@@ -1,167 +1,179 @@
 """`bench`: systems side by side on one workload, in turn, in one sitting; bench.json has what came out.
 
-What can be compared here: the same Executor called through Ray's pipeline (`ray`) and called directly (`in_process`), with recorded
-tables and one compute thread on both sides. Their ratio is what the three actors cost.
+For every batch size the workload is recorded once: what its routers decide, and what transformers answers in float32. Then every
+system answers the same batches, round after round, all systems in one round before the next begins. A time counts only beside the
+error of the same answers.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.cluster import cluster, cores
+from pipeline.bench_output import BenchDir
+from pipeline.bench_report import draw, markdown
+from pipeline.bench_rows import Measured, Yardsticks, line, ray_over_in_process, rows_of
 from pipeline.config import Config
-from pipeline.data import Batch
-from pipeline.driver import Actors, Window, run_batches
-from pipeline.executor import BatchResult, Executor
+from pipeline.executor import BatchStats
+from pipeline.limit import link_bytes_per_second
+from pipeline.machine import hardware
 from pipeline.metrics import versions
-from pipeline.prepare import Prepared, prepare
+from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
-from pipeline.train import record
-from predictor import traces
-from predictor.actor import Prediction, Predictor
-from predictor.registry import PredictorSpec
-from store.actor import ExpertStore
+from pipeline.systems import SYSTEMS, Bench, Combination, check_systems
+from pipeline.timeline import timeline
+from pipeline.workload import Workload, mapped, record_workload
+from store.actor import ArenaInfo, ExpertStore
+from store.slots import parse_budget
 
-ROUNDS = 9
+WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
+"""Not counted: slots are filled; on a GPU kernels are compiled and every shape's graphs recorded, one kind at its second sight, the
+other when it is needed."""
+TIMELINE_BATCHES = 64
+"""No more in a timeline than can be looked at."""
 
 
 def bench(config: Config) -> dict[str, Any]:
-    """Runs the workload `ROUNDS` times on each system, alternating, after one round that does not count.
+    """Runs `bench.rounds` rounds of every system, after some that do not count, for every batch size and budget.
 
     Raises:
         One of USER_ERRORS: what the user gave cannot work.
     """
-    prepared = prepare(config)
-    output = Path(config.output_dir).resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
-    with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
-        arena = store.open(shown.update)
-    try:
-        trace = output / "trace.safetensors"
-        traces.save(record(prepared), trace, prepared.model.shape, arena.identity)
-        oracle = PredictorSpec("oracle", trace, config.predictor.top_k, prepared.model.shape, arena.identity)
-        spec = replace(prepared.executor_spec(), threads=1)
-        with cluster(config.cluster.address):
-            executor = Executor(spec)
-            actors = Actors.start(spec, oracle, arena, threads=1)
-            actors.ready()
-            predictor = Predictor(oracle, lambda: torch.empty(0))
-            tables = [predictor.predict(batch.tokens) for batch in prepared.batches]
-            systems: dict[str, Callable[[list[Batch]], list[BatchResult]]] = {
-                "in_process": lambda batches: _run_in_process(executor, batches, tables, prepared),
-                "ray": lambda batches: list(
-                    run_batches(actors, batches, config.routing, prepared.slots, config.predictor.lookahead)
-                ),
-            }
-            samples = _measure(systems, prepared)
-            actors.finish()
-            actors.stop()
-            executor.close()
-    finally:
-        store.close(config.store.keep)
-    report = _report(prepared, samples)
-    (output / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
-    _say(report, output / "bench.json")
+    device = choose_device(config.device)
+    check_systems(config, device)
+    if device == "cpu" and {"transformers", "cpu"} <= {*config.bench.systems}:
+        print("cpu is left out: on this device it is what transformers is")
+        config = replace(config, bench=replace(config.bench, systems=[name for name in config.bench.systems if name != "cpu"]))
+    first = prepare(config)
+    for budget in config.bench.budgets:
+        parse_budget(budget, first.layout.expert_bytes, first.layout.slot_bytes, first.layout.nbytes)
+    if config.predictor.path is not None:
+        check_predictor(first)
+    threads = torch.get_num_threads()
+    with BenchDir(config) as output:
+        store = ExpertStore(first.arena, first.model.source, first.model.placement)
+        try:
+            with bar("placing experts", first.layout.nbytes, unit="B") as shown:
+                arena = store.open(shown.update)
+            report = _bench(config, first, arena, output)
+        finally:
+            store.close(config.store.keep)
+            torch.set_num_threads(threads)
+        if report["ray_over_in_process"] is not None:
+            ratio = report["ray_over_in_process"]
+            print(f"Ray's pipeline has {ratio['median']:.1%} of the throughput of direct calls (rounds: {ratio['rounds']})")
+        for path in [output.path / "bench.json", output.path / "bench.md", *draw(report, output.path)]:
+            print(f"wrote {path}")
     return report
 
 
-def _run_in_process(executor: Executor, batches: list[Batch], tables: list[Prediction], prepared: Prepared) -> list[BatchResult]:
-    """The driver's loop without actors: plan as far ahead, execute, go on."""
-    window, planned, results = Window(prepared.slots, prepared.config.predictor.lookahead), 0, []
-    routing = prepared.config.routing
-    for number, batch in enumerate(batches):
-        while planned < min(len(batches), number + 1 + window.lookahead):
-            executor.plan(batches[planned].index, tables[planned], routing)
-            planned += 1
-        results.append(executor.execute(batch, tables[number], routing))
-        window.saw(results[-1].stats.predicted_uses)
-    return results
-
-
-def _measure(
-    systems: dict[str, Callable[[list[Batch]], list[BatchResult]]], prepared: Prepared
-) -> dict[str, list[tuple[float, list[BatchResult]]]]:
-    """Per system and round: seconds for all batches, and their results."""
-    samples: dict[str, list[tuple[float, list[BatchResult]]]] = {name: [] for name in systems}
-    for number in tqdm(range(ROUNDS + 1), desc="rounds", leave=False, disable=None):
-        batches = [replace(batch, index=batch.index + number * len(prepared.batches)) for batch in prepared.batches]
-        for name in sorted(systems, reverse=number % 2 == 1):  # who goes first alternates
-            start = time.perf_counter()
-            results = systems[name](batches)
-            if number:
-                samples[name].append((time.perf_counter() - start, results))
-    return samples
-
-
-def _report(prepared: Prepared, samples: dict[str, list[tuple[float, list[BatchResult]]]]) -> dict[str, Any]:
-    config, rows = prepared.config, []
-    reference = samples["in_process"][0][1]
-    for name, rounds in samples.items():
-        stats = [result.stats for _, results in rounds for result in results]
-        batch_ms = [(s.end - s.start) / 1e6 for s in stats]
-        seconds = statistics.median(seconds for seconds, _ in rounds)
-        hits, misses = sum(sum(s.hits) for s in stats), sum(sum(s.misses) for s in stats)
-        rows.append(
-            {
-                "model": config.model.path,
-                "workload": config.data.path,
-                "batch": config.batch.size,
-                "tokens": sum(result.stats.tokens for result in rounds[0][1]),
-                "budget": config.store.budget,
-                "system": name,
-                "ms": {
-                    "median": round(statistics.median(batch_ms), 3),
-                    "p10": round(float(np.percentile(batch_ms, 10)), 3),
-                    "p90": round(float(np.percentile(batch_ms, 90)), 3),
-                },
-                "samples_per_second": round(len(prepared.rows) / seconds, 3),
-                "round_seconds": [round(seconds, 4) for seconds, _ in rounds],
-                "hit_rate": round(hits / max(hits + misses, 1), 4),
-                "predictor": "oracle",
-                "experts_used_per_layer": round((hits + misses) / len(stats) / prepared.model.shape.layers, 2),
-                "max_error": _difference(reference, rounds[-1][1]),
-            }
-        )
-    ratios = [direct[0] / ray[0] for direct, ray in zip(samples["in_process"], samples["ray"], strict=True)]
-    return {
-        "hardware": f"{platform.machine()}, {cores()} cores, {_processor()}",
+def _bench(config: Config, first: Prepared, arena: ArenaInfo, output: BenchDir) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "hardware": hardware(first.device),
         "versions": versions(),
-        "threads": 1,
-        "rows": rows,
-        "ray_over_in_process": {"median": round(statistics.median(ratios), 4), "rounds": [round(r, 4) for r in ratios]},
+        "link_gb_per_s": None,
+        "arena": {"bytes": arena.nbytes, "warm_start": arena.warm_start, "seconds": round(arena.seconds, 3)},
+        "expert_bytes": first.layout.expert_bytes,
+        "backbone_bytes": first.layout.backbone_bytes,
+        "ray_over_in_process": None,
+        "rows": [],
     }
+    link = _link(first) if first.device != "cpu" else None
+    report["link_gb_per_s"] = round(link / 1e9, 2) if link else None
+    for size in config.bench.batch_sizes or [config.batch.size]:
+        prepared = prepare(replace(config, batch=replace(config.batch, size=size)))
+        prepared = replace(prepared, batches=prepared.batches[: config.bench.batches])
+        with tempfile.TemporaryDirectory() as directory:
+            workload = record_workload(prepared, arena, Path(directory))
+            for row in _measure(workload, link, output):
+                report["rows"].append(row)
+                report["ray_over_in_process"] = ray_over_in_process(report["rows"])
+                print(line(row), flush=True)
+                output.write_report(report)
+                output.write("bench.md", markdown(report))
+    return report
 
 
-def _difference(reference: list[BatchResult], results: list[BatchResult]) -> float:
-    """The largest difference in any number of any row's result."""
-
-    def numbers(rows: list[dict[str, Any]]) -> np.ndarray:
-        return np.array([value for row in rows for value in row.get("scores", [row.get("logprob")])], dtype=np.float64)
-
-    return max(float(np.abs(numbers(a.results) - numbers(b.results)).max()) for a, b in zip(reference, results, strict=True))
+def _link(prepared: Prepared) -> float:
+    with mapped(prepared) as arena:
+        return link_bytes_per_second(arena.memory, prepared.layout.slot_bytes, torch.device(prepared.device))
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+def _measure(workload: Workload, link: float | None, output: BenchDir) -> Iterator[dict[str, Any]]:
+    """Rows of one batch size. Those that know no budget take their turns with the first budget's."""
+    config = workload.prepared.config
+    yardsticks = Yardsticks(link)
+    for number, budget in enumerate(config.bench.budgets or [config.store.budget]):
+        combinations = [
+            combination
+            for name in config.bench.systems
+            for combination in SYSTEMS[name].combinations(workload, name, budget)
+            if number == 0 or SYSTEMS[name].has_budget
+        ]
+        measured = _take_turns(workload, combinations)
+        for one in measured:
+            if one.combination.system == "sida":
+                one.timeline = _timeline_name(workload, one.combination)
+                output.write(one.timeline, timeline(_in_one_lane(one.passes[-1].stats[:TIMELINE_BATCHES])))
+        yardsticks = yardsticks.learned(workload, measured)
+        yield from rows_of(workload, measured, yardsticks)
 
 
-def _say(report: dict[str, Any], path: Path) -> None:
-    for row in report["rows"]:
-        print(f"{row['system']:<11} {row['samples_per_second']:>9.1f} rows/s  {row['ms']['median']:.1f} ms per batch")
-    ratio = report["ray_over_in_process"]
-    print(f"Ray's pipeline has {ratio['median']:.1%} of the throughput of direct calls (rounds: {ratio['rounds']})")
-    print(f"wrote {path}")
+def _take_turns(workload: Workload, combinations: list[Combination]) -> list[Measured]:
+    """Sets all up, runs them in turn, takes all down."""
+    rounds = workload.prepared.config.bench.rounds
+    warm_up = WARM_UP_ROUNDS[torch.device(workload.prepared.device).type]
+    measured = []
+    with _benches(workload, combinations) as benches:
+        measured = [Measured(combination) for combination in combinations]
+        turns = [(number, which) for number in range(-warm_up, rounds) for which in _order(len(benches), number)]
+        for number, which in tqdm(turns, desc=f"batches of {workload.batch_size}", leave=False, disable=None):
+            done = benches[which].run(workload.batches)
+            if number >= 0:
+                measured[which].passes.append(done)
+        for one, each in zip(measured, benches, strict=True):
+            one.device_memory_peak_bytes = each.device_memory_peak_bytes
+    return measured
+
+
+def _order(count: int, number: int) -> list[int]:
+    """Who goes first changes from round to round."""
+    return [(i + number) % count for i in range(count)]
+
+
+@contextmanager
+def _benches(workload: Workload, combinations: list[Combination]) -> Iterator[list[Bench]]:
+    benches: list[Bench] = []
+    try:
+        for combination in combinations:
+            benches.append(Bench(combination, workload))
+        yield benches
+    finally:
+        for each in reversed(benches):
+            each.close()
+
+
+def _timeline_name(workload: Workload, given: Combination) -> str:
+    parts = (given.system, workload.batch_size, given.budget, given.predictor)
+    return "-".join(["timeline", *(re.sub(r"[^\w.]+", "-", str(part)).strip("-") for part in parts)]) + ".json"
+
+
+def _in_one_lane(stats: list[BatchStats]) -> list[BatchStats]:
+    """The tables were made before the rounds and handed over several at once; here each is made as late as one predictor could."""
+    moved, latest = [], 2**63
+    for s in reversed(stats):
+        span = s.predict_span
+        if span is not None:
+            end = min(span[1], latest)
+            latest = end - (span[1] - span[0])
+            span = [latest, end]
+        moved.append(replace(s, predict_span=span))
+    return moved[::-1]

@@ -68,8 +68,3 @@ def _probe(address: str) -> None:
             f"cluster.address: no Ray answers at {address} ({error.strerror or error}); start one with `ray start --head`, "
             "or leave cluster.address and RAY_ADDRESS out for a Ray of its own"
         ) from None
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

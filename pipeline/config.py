@@ -17,25 +17,39 @@ from typing import Any, Literal, Union
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.recipes import RECIPES
 from predictor.registry import KINDS
 from predictor.training import TrainSettings
 from store.eviction import POLICIES
 
 
 @dataclass(frozen=True)
+class RandomConfig:
+    recipe: str | None = None
+    """How wide the numbers are spread; see pipeline/recipes.py."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    path: str
-    """A local directory or a hub id."""
+    path: str | None = None
+    """A local directory or a hub id. Either this or `config` is needed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's on a GPU, float32 on a CPU."""
+    config: str | None = None
+    """A config.json: the model then has random weights."""
+    random: RandomConfig = field(default_factory=RandomConfig)
+    """Of which kind, with `config`."""
+    tokenizer: str | None = None
+    """A local directory or a hub id; null: that of `path`."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str
-    """A .tsv, .csv, .jsonl or .txt file."""
+    path: str | None = None
+    """A .tsv, .csv, .jsonl or .txt file. A config that does not ship its data has null and says in `hub` what to get."""
     text: str | list[str] = "text"
-    """A column, or two for pairs. A .txt file has one column, text."""
+    """A column; two for a pair; three for a pair of the first and of the other two, a blank between. A .txt file has one, text."""
     label: str | None = None
     """A column; without it no quality is reported."""
     target: str | None = None
@@ -44,6 +58,8 @@ class DataConfig:
     """Put before the text."""
     limit: int | None = None
     """Read only so many rows."""
+    hub: str | None = None
+    """What to download if `path` is null."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class PredictorConfig:
     top_k: int = 3
     """Experts per token and MoE layer in the hash tables."""
     lookahead: int | Literal["auto"] = "auto"
-    """Batches predicted ahead; auto: until they name 3 x slots expert uses, at most 64."""
+    """Batches predicted ahead; auto: until they name 10 x slots expert uses, at most 64."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,22 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    systems: list[str] = field(default_factory=lambda: ["ray", "in_process"])
+    """Which are set side by side; docs/benchmarks.md describes them, pipeline/systems.py makes them."""
+    batch_sizes: list[int] = field(default_factory=list)
+    """Empty: batch.size."""
+    budgets: list[str] = field(default_factory=list)
+    """Empty: store.budget."""
+    batches: int | None = None
+    """The first so many of each size; null: all."""
+    rounds: int = 9
+    """Each system answers all of them so often; rounds before these warm everything up."""
+    recall: float | None = None
+    """Measure sida also with the true tables worsened: so many of their predictions are left right, 0..1."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig
     data: DataConfig
@@ -94,11 +126,13 @@ class Config:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
     """What `train` does; `run` ignores it."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What `bench` does; `run` ignores it."""
     routing: Literal["exact", "hash"] = "exact"
     """exact: the model's routers decide, tables are hints. hash: the tables decide, as in the paper."""
     store: StoreConfig = field(default_factory=StoreConfig)
-    device: Literal["auto", "cpu"] = "auto"
-    """The GPU path is to come; auto is the CPU until then."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs/default"
     seed: int = 0
@@ -212,7 +246,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(arg) for arg in args) if len(args) > 1 else repr(args[0])
     if origin is list:
-        return f"a list of {_describe(args[0])}"
+        return f"a list of {_describe(args[0])}" if args[0] is str else "a list of whole numbers"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null", dict: "keys"}
     return names.get(origin or hint, str(hint))
 
@@ -228,10 +262,25 @@ def _check(config: Config, source: str) -> None:
         if not condition:
             raise ConfigError(f"{source}: {message}")
 
+    model = config.model
+    if model.path is not None:
+        require(model.config is None, "'model' has a path and a config; it must have one of them")
+        require(model.random.recipe is None, "'model.random' goes with 'model.config'; 'model.path' has weights of its own")
+    else:
+        require(model.config is not None, "'model.path' is missing; or, for random weights, 'model.config'")
+        require(model.random.recipe is not None, f"'model.random.recipe' is missing; known: {', '.join(RECIPES)}")
+        require(
+            model.tokenizer is not None,
+            "'model.tokenizer' is missing: random weights come with none; name a directory, or a hub id such as google-t5/t5-base",
+        )
+    require(config.data.path is not None or config.data.hub is not None, "'data.path' is missing")
     for key, kind, known in (
+        ("model.random.recipe", model.random.recipe, RECIPES),
         ("predictor.kind", config.predictor.kind, KINDS),
         ("store.policy", config.store.policy, POLICIES),
     ):
+        if kind is None:
+            continue
         near = difflib.get_close_matches(kind, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         require(kind in known, f"{key}: there is no {kind!r}; {hint}")
@@ -246,14 +295,20 @@ def _check(config: Config, source: str) -> None:
         "train.hidden": config.train.hidden,
         "train.top_t": config.train.top_t,
         "train.lr": config.train.lr,
+        "bench.rounds": config.bench.rounds,
+        "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
+        "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
+    recall = config.bench.recall
+    require(recall is None or 0 <= recall <= 1, f"'bench.recall' is {recall}; it must be between 0 and 1")
     require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")
-    require(0 <= config.seed < 2**63, f"'seed' is {config.seed}; it must be 0 or more, and below 2**63")
+    for key, seed in (("seed", config.seed), ("model.random.seed", model.random.seed)):
+        require(0 <= seed < 2**63, f"{key!r} is {seed}; it must be 0 or more, and below 2**63")
     require(0 < config.train.holdout < 1, f"'train.holdout' is {config.train.holdout}; it must be between 0 and 1")
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):
-        require(len(config.data.text) == 2, f"'data.text' names {len(config.data.text)} columns; it must be one or two")
+        require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

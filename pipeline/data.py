@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,15 @@ class Batch:
     tokens: TokenBatch
     targets: tuple[np.ndarray, ...] | None = None
 
-    def pad(self, stream: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A stream's ids padded on the right with `value`, and its attention mask: int64 (batch, longest) both.
+    def pad(
+        self, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A stream's ids padded on the right with `value`, and its attention mask: int64 (batch, padded(longest)) both.
 
         On the right whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
         """
         rows = self.tokens.streams[stream]
-        ids = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+        ids = torch.full((len(rows), padded(max(map(len, rows)))), value, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.from_numpy(row)
@@ -67,9 +69,11 @@ class Batch:
 def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
     """
     Raises:
-        DataError: no such file, an unknown format, a missing column, a broken encoding, an empty file or text, or a label
-            outside `labels`; the message names the row, the first being 1.
+        DataError: no file, an unknown format, a missing column, a broken encoding, an empty file or text, or a label outside
+            `labels`; the message names the row, the first being 1.
     """
+    if config.path is None:
+        raise DataError(f"data.path is null: download {config.hub} from https://huggingface.co/datasets and pass data.path=FILE")
     path = Path(config.path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
@@ -103,7 +107,7 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
         label = cell(config.label) if config.label else None
         if label is not None and labels and label not in labels:
             raise DataError(f"{path}: row {number} has label {label!r}; `labels` knows {', '.join(labels)}")
-        pair = fields[1] if len(texts) == 2 else None
+        pair = " ".join(fields[1 : len(texts)]) or None
         rows.append(Row(config.prefix + fields[0], pair, label, fields[-1] if config.target else None))
     if not rows:
         raise DataError(f"{path}: holds no rows")

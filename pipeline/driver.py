@@ -18,17 +18,17 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import Batch
+from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS
-from pipeline.executor import BatchResult, Executor, ExecutorSpec
+from pipeline.executor import BatchResult, Executor
 from pipeline.models import load_embedding
+from pipeline.window import Window
 from predictor.actor import Predictor
 from predictor.registry import PredictorSpec
 from store.actor import ArenaInfo, ExpertStore
 from store.load import Placement
+from store.weights import Source
 
-MAX_LOOKAHEAD = 64
-FIRST_LOOKAHEAD = 4
-"""Until the first tables have told how many experts a batch names."""
 CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
@@ -40,9 +40,9 @@ def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
     return durable(cls).remote(*arguments)
 
 
-def start_store(path: Path, checkpoint: Path, placement: Placement) -> Any:
+def start_store(path: Path, source: Source, placement: Placement) -> Any:
     """The ExpertStore actor of this machine; two calls at once, so that a build can be asked how far it is."""
-    return start_actor(ExpertStore, path, checkpoint, placement, max_concurrency=2)
+    return start_actor(ExpertStore, path, source, placement, max_concurrency=2)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Actors:
         embedding = partial(load_embedding, arena.path, spec.model.embedding)
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
-            start_actor(Executor, spec, concurrency_groups={"plan": 1}),
+            start_actor(Executor, spec, concurrency_groups={"plan": 1, "execute": 2}),
         )
 
     def ready(self) -> None:
@@ -82,7 +82,7 @@ class Actors:
         """Sends a batch on its way: predicted, planned, executed."""
         prediction = self.predictor.predict.remote(batch.tokens)
         self.executor.plan.options(concurrency_group="plan").remote(batch.index, prediction, routing)
-        return self.executor.execute.remote(batch, prediction, routing)
+        return self.executor.execute.options(concurrency_group="execute").remote(batch, prediction, routing)
 
 
 def run_batches(
@@ -100,26 +100,6 @@ def run_batches(
         done: BatchResult = result(under_way.popleft())
         window.saw(done.stats.predicted_uses)
         yield done
-
-
-class Window:
-    """How many batches to look ahead: `auto` until the queued tables name about 3 x slots expert uses."""
-
-    def __init__(self, slots: int, lookahead: int | Literal["auto"]):
-        self._slots, self._fixed = slots, lookahead
-        self._uses, self._batches = 0.0, 0
-
-    def saw(self, predicted_uses: float) -> None:
-        self._uses += predicted_uses
-        self._batches += 1
-
-    @property
-    def lookahead(self) -> int:
-        if self._fixed != "auto":
-            return self._fixed
-        if not self._uses:
-            return FIRST_LOOKAHEAD
-        return min(MAX_LOOKAHEAD, max(1, round(3 * self._slots * self._batches / self._uses)))
 
 
 def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:

@@ -7,44 +7,20 @@ be lost; the second carries all that it needs and may be repeated, in any order,
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.data import Batch
-from pipeline.experts import Current, Forward
-from pipeline.models import ModelSpec, build
-from pipeline.tasks import Result, Task
+from pipeline.device import ExecutorSpec, make_device
+from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
 from predictor.traces import Trace
 from store.arena import Arena
-from store.copies import CopyEngine
-from store.eviction import POLICIES
-from store.slots import Slots
-
-
-@dataclass(frozen=True)
-class ExecutorSpec:
-    """All that an Executor is made of; travels to it.
-
-    Attributes:
-        slots: how many experts fit the budget (store.slots.parse_budget).
-        background: copy on a thread of its own; otherwise whenever a table or a layer comes.
-        threads: for torch's operators.
-    """
-
-    model: ModelSpec
-    task: Task
-    arena: Path
-    slots: int
-    policy: str
-    device: str
-    threads: int
-    background: bool = True
 
 
 @dataclass
@@ -98,16 +74,12 @@ class Executor:
     def __init__(self, spec: ExecutorSpec):
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        device = torch.device(spec.device)
         arena = Arena.attach(spec.arena)
         if arena is None:
             raise RuntimeError(f"{spec.arena}: the arena is gone; was it removed by hand?")
         self._arena = arena
-        self._slots = Slots(arena, spec.slots, device)
-        self._engine = CopyEngine(arena, self._slots, POLICIES[spec.policy](), spec.background)
-        self._current = Current()
-        self._model = build(spec.model, arena, self._engine, self._current, device)
-        self._device = device
+        self._device = make_device(spec, arena)
+        self._turn = threading.Lock()
 
     def ready(self) -> int:
         """The process id: answers once the model stands."""
@@ -115,24 +87,27 @@ class Executor:
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
-        self._engine.plan(batch, prediction.table.uses_under(routing))
+        self._device.plan(batch, prediction.table.uses_under(routing))
 
     @torch.inference_mode()
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
-        """Runs one batch.
+        """Runs one batch; one at a time, and a second call may wait: its arguments are unpacked while the first computes.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
         """
+        with self._turn:
+            return self._execute(batch, prediction, routing)
+
+    def _execute(self, batch: Batch, prediction: Prediction | None, routing: str) -> BatchResult:
         start = time.time_ns()
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
-        forward = self._forward(batch, prediction, routing)
-        try:
-            results = self._spec.task.run(self._model, batch)
-        finally:
-            self._engine.finish(batch.index)
-        moved = self._engine.take()
+        assert routing == "exact" or prediction is not None
+        table = prediction.table if prediction is not None and routing == "hash" else None
+        answer = self._device.run(batch, table)
+        results = self._spec.task.results(batch, answer.outputs)
+        moved = self._device.take()
         stats = BatchStats(
             start=start,
             end=time.time_ns(),
@@ -150,8 +125,8 @@ class Executor:
             resident_peak_bytes=moved.resident_peak_bytes,
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and forward.decisions:
-            truth = [layer.top[:, 0] for layer in forward.decisions]
+        if prediction is not None and answer.chosen:
+            truth = [chosen[:, 0] for chosen in answer.chosen]
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
@@ -161,26 +136,14 @@ class Executor:
     @torch.inference_mode()
     def trace(self, batch: Batch, top_t: int) -> Trace:
         """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
-        forward = self._forward(batch, None, "exact", top_t)
-        self._spec.task.run(self._model, batch)
-        self._engine.finish(batch.index)
-        return Trace(batch.tokens, tuple(forward.decisions))
+        with self._turn:
+            answer = self._device.run(batch, None, top_t)
+        return Trace(batch.tokens, tuple(answer.decisions))
 
     def close(self) -> None:
         """Stops copying and gives up the arena."""
-        self._engine.close()
+        self._device.close()
         self._arena.close()
-
-    def _forward(self, batch: Batch, prediction: Prediction | None, routing: str, top_t: int = 1) -> Forward:
-        """Tells the MoE layers what they are about to run."""
-        assert routing == "exact" or prediction is not None
-        real = []
-        for stream in range(len(batch.tokens.streams)):
-            _, mask = batch.pad(stream, 0)
-            real.append(mask.reshape(-1).nonzero().squeeze(1).to(self._device))
-        table = prediction.table if prediction is not None and routing == "hash" else None
-        self._current.forward = Forward(batch.index, tuple(real), table, top_t)
-        return self._current.forward
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

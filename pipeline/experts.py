@@ -47,11 +47,7 @@ class Current:
 class SlotMoE(nn.Module):
     """A MoE layer whose experts are elsewhere."""
 
-    def __init__(self, family: Family, router: nn.Module, layer: int, stream: int, engine: CopyEngine | None, current: Current):
-        """
-        Args:
-            engine: where the experts are; None for a model that is only described.
-        """
+    def __init__(self, family: Family, router: nn.Module, layer: int, stream: int, engine: CopyEngine, current: Current):
         super().__init__()
         self.router = router
         self._family, self._layer, self._stream = family, layer, stream
@@ -69,7 +65,7 @@ class SlotMoE(nn.Module):
         else:
             routing = self._family.route(self.router, hidden)
             experts, weights = routing.experts[real], routing.weights[real]
-            now.decisions.append(_record(routing.logits[real], routing.chosen[real], weights, now.top_t))
+            now.decisions.append(record(routing.logits[real], routing.chosen[real], weights, now.top_t))
         output = torch.zeros_like(states)
         output[real] = self._run(now.batch, tokens, experts, weights)
         return output.reshape(hidden.shape)
@@ -80,7 +76,6 @@ class SlotMoE(nn.Module):
             tokens: (tokens, d_model).
             experts, weights: (tokens, top_k); expert -1 is none.
         """
-        assert self._engine is not None
         output = torch.zeros_like(tokens)
         by_expert = experts.reshape(-1).argsort(stable=True)  # positions in (tokens, top_k), those of one expert together
         used, counts = experts.reshape(-1)[by_expert].unique_consecutive(return_counts=True)
@@ -94,7 +89,7 @@ class SlotMoE(nn.Module):
         return output
 
 
-def _record(logits: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
+def record(logits: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
     """What the router decided, before any capacity: a label for predictors.
 
     Args:

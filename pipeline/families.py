@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from pipeline.errors import ModelError
+from pipeline.expert_shape import ExpertShape
 from predictor.tokens import DECODER, ENCODER
+from store.layout import LayerLayout
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Family(Protocol):
     def apply(self, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """One expert's output: (tokens, d_model) -> (tokens, d_model)."""
 
+    def expert_shape(self, layer: LayerLayout) -> ExpertShape:
+        """The same for the kernels of a GPU: where in a block what lies."""
+
 
 class Switch:
     """Switch Transformers: top-1 router with a capacity per sequence; ungated ReLU experts without bias."""
@@ -74,8 +79,8 @@ class Switch:
 
     def moe_layers(self, model: PreTrainedModel) -> list[MoELayer]:
         if model.config.dense_act_fn != "relu":
-            where = f"{model.name_or_path}/config.json"
-            raise ModelError(f"{where}: dense_act_fn is {model.config.dense_act_fn!r}; only experts with 'relu' are served")
+            file = model.name_or_path
+            raise ModelError(f"{file}: dense_act_fn is {model.config.dense_act_fn!r}; only experts with 'relu' are served")
         layers = []
         for name, module in model.named_modules():
             if isinstance(module, SwitchTransformersSparseMLP):
@@ -97,6 +102,11 @@ class Switch:
 
     def apply(self, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(nn.functional.linear(tokens, weights["wi"]).relu(), weights["wo"])
+
+    def expert_shape(self, layer: LayerLayout) -> ExpertShape:
+        wi, wo = layer.block.part("wi"), layer.block.part("wo")
+        d_ff, d_model = wi.shape
+        return ExpertShape(layer.experts, d_model, d_ff, getattr(torch, wi.dtype), up=wi.offset, down=wo.offset)
 
 
 FAMILIES: dict[str, Family] = {"switch_transformers": Switch()}

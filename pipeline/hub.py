@@ -31,11 +31,7 @@ def local_checkpoint(model: str) -> Path:
     Raises:
         ModelError: neither a directory with a model nor a model of the hub, or the hub cannot be reached.
     """
-    directory = Path(model)
-    if not directory.is_dir():
-        if model.count("/") > 1 or model.startswith((".", "/")) or Path(model.split("/")[0]).is_dir():
-            raise ModelError(f"{model}: no such directory")
-        directory = _download(model)
+    directory = Path(model) if _is_local(model) else _download(model, ["*.safetensors", "pytorch_model*.bin"])
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory}: holds no config.json")
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
@@ -45,11 +41,34 @@ def local_checkpoint(model: str) -> Path:
     raise ModelError(f"{directory}: holds no weights: neither {SINGLE}, {INDEX} nor {PICKLED}")
 
 
-def _download(model: str) -> Path:
+def local_tokenizer(name: str) -> Path:
+    """The directory of a tokenizer's files; downloads no weights.
+
+    Raises:
+        ModelError: neither a directory nor a model of the hub, or the hub cannot be reached.
+    """
+    return Path(name) if _is_local(name) else _download(name, [])
+
+
+def _is_local(name: str) -> bool:
+    """Whether it is a directory here; else it is a hub id.
+
+    Raises:
+        ModelError: it is no directory, and cannot be a hub id.
+    """
+    if Path(name).is_dir():
+        return True
+    if name.count("/") > 1 or name.startswith((".", "/")) or Path(name.split("/")[0]).is_dir():
+        raise ModelError(f"{name}: no such directory")
+    return False
+
+
+def _download(model: str, weights: list[str]) -> Path:
+    """A hub's model: its small files, and those of the first pattern of `weights` that it has files of."""
     try:
-        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
+        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[:1]]))
+        if weights and not any(directory.glob(weights[0])):
+            directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[1:]]))
         return directory
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

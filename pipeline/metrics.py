@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from pipeline.executor import BatchStats
 from predictor.accuracy import Accuracy
 
-PACKAGES = ("torch", "ray", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "ray", "transformers", "accelerate", "numpy", "safetensors")
 
 
 def stats_of(entries: Iterable[dict[str, Any]]) -> list[BatchStats]:
@@ -93,7 +94,12 @@ def fidelity(
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    """Of Python and of those packages that are here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _restarts(stats: list[BatchStats]) -> int:

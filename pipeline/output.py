@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 STATE, JOURNAL, PREDICTIONS, METRICS = "run.json", "journal.jsonl", "predictions.jsonl", "metrics.json"
-NOT_RESULTS = ("output_dir", "cluster", "train", "store.keep", "store.directory")
+NOT_RESULTS = ("output_dir", "cluster", "train", "bench", "store.keep", "store.directory")
 """Keys that may differ between a run and its resumption: they change no result."""
 
 
@@ -32,12 +32,8 @@ class OutputDir:
             ConfigError: it holds a run of another config, is in use, or is relative inside a submitted Ray job.
         """
         self.path = Path(config.output_dir)
-        if not self.path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
-            raise ConfigError(
-                f"output_dir: {config.output_dir!r} is relative, and a submitted job runs in Ray's temporary copy of the project, "
-                "where results would be lost; add output_dir=/absolute/path"
-            )
-        self._config = _flat(config)
+        check_lasting(self.path)
+        self._config = flat(config, NOT_RESULTS)
         try:
             self._check_config()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -93,14 +89,8 @@ class OutputDir:
         self._journal.flush()
 
     def write(self, name: str, text: str) -> Path:
-        """Writes a file beside its name and renames it."""
-        beside = self.path / f".{name}.{os.getpid()}"
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.path / name)
-        finally:
-            beside.unlink(missing_ok=True)
-        return self.path / name
+        """See `write_whole`."""
+        return write_whole(self.path / name, text)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, then drops the journal: the run has ended."""
@@ -124,12 +114,7 @@ class OutputDir:
             theirs = json.loads(state_path.read_text())["config"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"output_dir: {state_path} is not a run's; give another output_dir") from None
-        for key in sorted(theirs.keys() | self._config.keys()):
-            if theirs.get(key) != self._config.get(key):
-                raise ConfigError(
-                    f"output_dir: {self.path} holds a run with {key} = {theirs.get(key)!r}, this config has "
-                    f"{self._config.get(key)!r}; give another output_dir or remove that one"
-                )
+        check_same(self.path, "run", theirs, self._config)
         if _labels(theirs) != _labels(self._config):  # scores are in their order
             raise ConfigError(
                 f"output_dir: {self.path} holds a run with the labels in the order {', '.join(_labels(theirs))}, this config has "
@@ -174,21 +159,61 @@ class InOrder:
         self._file.close()
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    """The config as dotted keys, without those that change no result."""
-    flat: dict[str, Any] = {}
+def check_lasting(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: results would not outlive the Ray job that writes them.
+    """
+    if not path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        raise ConfigError(
+            f"output_dir: {str(path)!r} is relative, and a submitted job runs in Ray's temporary copy of the project, "
+            "where results would be lost; add output_dir=/absolute/path"
+        )
+
+
+def check_same(path: Path, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """
+    Args:
+        what: lies in `path`: a run, a bench.
+        theirs, ours: what `flat` made.
+
+    Raises:
+        ConfigError: of another config.
+    """
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise ConfigError(
+                f"output_dir: {path} holds a {what} with {key} = {theirs.get(key)!r}, this config has {ours.get(key)!r}; "
+                "give another output_dir or remove that one"
+            )
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file beside its name and renames it."""
+    beside = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def flat(config: Config, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """The config as dotted keys, without some that change no result."""
+    keys: dict[str, Any] = {}
 
     def add(prefix: str, value: Any) -> None:
-        if prefix in NOT_RESULTS:
+        if prefix in left_out:
             return
         if isinstance(value, dict):
             for key, inner in value.items():
                 add(f"{prefix}.{key}" if prefix else key, inner)
         else:
-            flat[prefix] = value
+            keys[prefix] = value
 
     add("", config.to_dict())
-    return flat
+    return keys
 
 
 def _labels(flat: dict[str, Any]) -> list[str]:

@@ -6,27 +6,30 @@ All that can be refused is refused here, before a weight is read or an actor sta
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.cluster import cores
 from pipeline.config import Config
 from pipeline.data import Batch, Row, make_batches, read_rows
-from pipeline.errors import ModelError
-from pipeline.executor import ExecutorSpec
+from pipeline.device import ExecutorSpec
+from pipeline.errors import ConfigError, ModelError
+from pipeline.machine import cores, free_device_memory
 from pipeline.models import ModelSpec, describe
 from pipeline.tasks import Task, make_task
 from predictor.registry import PredictorSpec, make
 from store.arena import available_memory, free_bytes
-from store.checkpoint import Checkpoint
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.load import routers_identity
 from store.slots import parse_budget
+from store.weights import Weights
 
+ACTIVATION_BYTES = 2**30
+"""Left free on a GPU beside experts and backbone: activations, CUDA graphs, and what CUDA itself takes."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -44,10 +47,12 @@ class Prepared:
     batches: list[Batch]
     truncated: int
     model: ModelSpec
-    checkpoint: Checkpoint
+    weights: Weights
     layout: ArenaLayout
     arena: Path
     task: Task
+    device: str
+    """As torch writes it: "cpu" or "cuda:0"."""
     slots: int
     identity: str
 
@@ -60,7 +65,7 @@ class Prepared:
         """Leaves one core to the Predictor if there is another."""
         threads = max(1, cores() - 1)
         store = self.config.store
-        return ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, "cpu", threads, background)
+        return ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, self.device, threads, background)
 
     def predictor_spec(self, identity: str) -> PredictorSpec:
         """
@@ -78,12 +83,13 @@ def prepare(config: Config) -> Prepared:
         One of USER_ERRORS: whatever in data, model or budget cannot work.
     """
     rows = read_rows(config.data, config.labels)
-    model, checkpoint = describe(config.model, torch.device("cpu"))
-    layout = model.placement.layout(checkpoint)
+    device = choose_device(config.device)
+    model, weights = describe(config.model, torch.device(device))
+    layout = model.placement.layout(weights)
     directory = Path(config.store.directory)
     if not directory.is_dir():
         raise SpaceError(f"store.directory: {directory}: no such directory")
-    arena = model.placement.arena_path(checkpoint, directory)
+    arena = model.placement.arena_path(weights, directory)
     in_memory = 0 if arena.exists() else layout.nbytes
     free = free_bytes(directory)
     if in_memory > free:
@@ -91,22 +97,43 @@ def prepare(config: Config) -> Prepared:
             f"store.directory: {directory}: the arena needs {layout.nbytes} bytes, {free} are free: {in_memory - free} bytes "
             "short; name a larger filesystem, or free some with `python runner.py clean`"
         )
-    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, available_memory() - in_memory))
-    tokenizer = _tokenizer(model)
+    if device == "cpu":
+        free = available_memory() - in_memory
+    else:
+        free = (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES
+    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, free))
+    tokenizer = _tokenizer(model.tokenizer)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
     largest = max(int(ids.max(initial=0)) for row in encoded for ids in row.streams)
     if largest >= model.shape.vocab_size:
-        vocabulary = f"its config.json a vocabulary of {model.shape.vocab_size}"
-        raise ModelError(f"{model.directory}: its tokenizer gives token id {largest}, {vocabulary}: they do not belong together")
+        raise ModelError(
+            f"{model.tokenizer}: the tokenizer gives token id {largest}, {model.source} has a vocabulary of "
+            f"{model.shape.vocab_size}: they do not belong together"
+        )
     batches = make_batches(encoded, config.batch)
-    digest = hashlib.sha256(checkpoint.sample().encode())  # not the arena's name: a resubmitted job has new copies of the files
+    digest = hashlib.sha256(weights.sample().encode())  # not the arena's name: a resubmitted job has new copies of the files
+    decisive = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(decisive, sort_keys=True).encode())  # a router's capacity is no weight, and decides answers
     if config.routing == "hash" and config.predictor.path and Path(config.predictor.path).is_file():
         digest.update(Path(config.predictor.path).read_bytes())  # there the tables decide the answers
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")
-    return Prepared(config, rows, batches, truncated, model, checkpoint, layout, arena, task, slots, digest.hexdigest()[:16])
+    return Prepared(config, rows, batches, truncated, model, weights, layout, arena, task, device, slots, digest.hexdigest()[:16])
+
+
+def choose_device(wanted: str) -> str:
+    """What `device` means on this machine, as torch writes it.
+
+    Raises:
+        ConfigError: a GPU is wanted, and there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but torch finds no GPU; write `device: cpu`, or install a torch built for CUDA")
+    return "cuda:0"
 
 
 def check_predictor(prepared: Prepared) -> None:
@@ -114,14 +141,14 @@ def check_predictor(prepared: Prepared) -> None:
     Raises:
         PredictorError: the predictor's file is missing, damaged, or made for another model.
     """
-    make(prepared.predictor_spec(routers_identity(prepared.checkpoint, prepared.model.placement)), lambda: torch.empty(0))
+    make(prepared.predictor_spec(routers_identity(prepared.weights, prepared.model.placement)), lambda: torch.empty(0))
 
 
-def _tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
-    if not any((model.directory / name).exists() for name in TOKENIZER_FILES):  # transformers would make one that knows no word
-        raise ModelError(f"{model.directory}: no usable tokenizer: holds none of {', '.join(TOKENIZER_FILES)}")
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):  # transformers would make one that knows no word
+        raise ModelError(f"{directory}: no usable tokenizer: holds none of {', '.join(TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(model.directory)
+        return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # a damaged file can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(f"{model.directory}: no usable tokenizer: {reason}") from None
+        raise ModelError(f"{directory}: no usable tokenizer: {reason}") from None

@@ -39,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
         entries = output.unfinished(prepared.identity)
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
-            store = start_store(prepared.arena, prepared.model.directory.resolve(), prepared.model.placement)
+            store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
             actors = None
             try:
                 arena = _open(store, prepared)

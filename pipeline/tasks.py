@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +20,13 @@ from pipeline.data import Batch, Encoded, Row
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import ModelSpec
 from pipeline.progress import bar
-from predictor.tokens import DECODER, ENCODER
 
 ROWS_AT_ONCE = 1000
 Result = dict[str, Any]
 """One line of predictions.jsonl."""
+Inputs = dict[str, torch.Tensor]
+"""Of one batch, int64 (batch, tokens) each: `input_ids`, `attention_mask`, with a decoder also `decoder_input_ids` and
+`decoder_attention_mask`, and what else the task needs."""
 
 
 class Task(Protocol):
@@ -32,8 +35,14 @@ class Task(Protocol):
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
         """Rows as token ids, and how many of them were cut to `max_tokens`."""
 
-    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
-        """The forward of one batch: a result per row."""
+    def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
+        """One batch for the model, on the CPU. `padded` says to how many tokens a longest row is padded."""
+
+    def forward(self, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+        """What the results are made of, (batch, ...), on the model's device: no word between host and device in here."""
+
+    def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:
+        """A result per row from the forward's outputs, on the CPU."""
 
     def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
         """Measures that the data allows; empty without labels."""
@@ -48,7 +57,7 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
     start = spec.config.get("decoder_start_token_id")
     if config.task == "score":
         if not spec.is_encoder_decoder:
-            raise ConfigError(f"task: score needs an encoder-decoder; {spec.directory} is a {spec.architecture}")
+            raise ConfigError(f"task: score needs an encoder-decoder; {spec.source} is a {spec.architecture}")
         if config.data.target is None:
             raise ConfigError("data.target: task score needs the column that is scored")
         return Score(pad, start if start is not None else pad)
@@ -57,11 +66,11 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
         if not spec.architecture.endswith("ForSequenceClassification"):
             raise ConfigError(
                 "task: classify needs a classification head or an encoder-decoder with a language head; "
-                f"{spec.directory} is a {spec.architecture}"
+                f"{spec.source} is a {spec.architecture}"
             )
         count = spec.pretrained_config().num_labels
         if count != len(labels):
-            raise ConfigError(f"labels: names {len(labels)} labels, the classification head of {spec.directory} has {count}")
+            raise ConfigError(f"labels: names {len(labels)} labels, the classification head of {spec.source} has {count}")
         return HeadClassify(labels, pad)
     words = [tokenizer(word, add_special_tokens=False).input_ids for word in config.labels.values()]
     firsts: dict[int, str] = {}
@@ -74,6 +83,25 @@ def make_task(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
             )
         firsts[ids[0]] = word
     return TextToTextClassify(labels, pad, start if start is not None else pad, tuple(firsts))
+
+
+def _inputs(batch: Batch, pad: int, padded: Callable[[int], int]) -> Inputs:
+    """Token ids and masks of every stream."""
+    inputs: Inputs = {}
+    for stream, prefix in zip(range(len(batch.tokens.streams)), ("", "decoder_"), strict=False):
+        ids, mask = batch.pad(stream, pad, padded)
+        inputs |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+    return inputs
+
+
+def _encoder_decoder_logits(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """(batch, decoder tokens, vocab_size). Without the decoder's mask: what pads it comes after all that counts."""
+    return model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        decoder_input_ids=inputs["decoder_input_ids"],
+        use_cache=False,
+    ).logits
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[np.ndarray], int]:
@@ -138,14 +166,15 @@ class TextToTextClassify:
         start = np.array([self.start])
         return [Encoded((row, start)) for row in ids], truncated
 
-    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
-        ids, mask = batch.pad(ENCODER, self.pad)
-        start, _ = batch.pad(DECODER, self.pad)
-        device = model.device
-        logits = model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), decoder_input_ids=start.to(device), use_cache=False
-        ).logits
-        return _results(batch, self.labels, logits[:, 0, list(self.first_tokens)])
+    def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
+        return _inputs(batch, self.pad, padded)
+
+    def forward(self, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+        logits = _encoder_decoder_logits(model, inputs)
+        return torch.stack([logits[:, 0, token] for token in self.first_tokens], dim=1)
+
+    def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:
+        return _results(batch, self.labels, outputs)
 
     def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
         return _quality(self.labels, rows, results)
@@ -162,10 +191,14 @@ class HeadClassify:
         ids, truncated = _encode_texts(tokenizer, rows, max_tokens)
         return [Encoded((row,)) for row in ids], truncated
 
-    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
-        ids, mask = batch.pad(ENCODER, self.pad)
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        return _results(batch, self.labels, logits)
+    def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
+        return _inputs(batch, self.pad, padded)
+
+    def forward(self, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+
+    def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:
+        return _results(batch, self.labels, outputs)
 
     def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
         return _quality(self.labels, rows, results)
@@ -187,23 +220,28 @@ class Score:
         ]
         return encoded, truncated + cut
 
-    def run(self, model: PreTrainedModel, batch: Batch) -> list[Result]:
+    def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
         assert batch.targets is not None
-        ids, mask = batch.pad(ENCODER, self.pad)
-        decoder_ids, _ = batch.pad(DECODER, self.pad)
-        device = model.device
-        logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            decoder_input_ids=decoder_ids.to(device),
-            use_cache=False,
-        ).logits
-        results = []
-        for i, (row, target) in enumerate(zip(batch.rows, batch.targets, strict=True)):
-            log_probabilities = logits[i, : len(target)].float().log_softmax(dim=-1)
-            scored = log_probabilities.gather(1, torch.from_numpy(target).to(device)[:, None])
-            results.append({"index": int(row), "tokens": len(target), "logprob": scored.double().sum().item()})
-        return results
+        inputs = _inputs(batch, self.pad, padded)
+        targets = torch.zeros_like(inputs["decoder_input_ids"])
+        for row, target in zip(targets, batch.targets, strict=True):
+            row[: len(target)] = torch.from_numpy(target)
+        return inputs | {"targets": targets}
+
+    def forward(self, model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+        logits = _encoder_decoder_logits(model, inputs)
+        scores = []
+        for row, targets, mask in zip(logits, inputs["targets"], inputs["decoder_attention_mask"], strict=True):
+            scored = row.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+            scores.append((scored.double() * mask).sum())  # row by row: one vocabulary of float32 at a time
+        return torch.stack(scores)
+
+    def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:
+        assert batch.targets is not None
+        return [
+            {"index": int(row), "tokens": len(target), "logprob": value}
+            for row, target, value in zip(batch.rows, batch.targets, outputs.tolist(), strict=True)
+        ]
 
     def quality(self, rows: list[Row], results: list[Result]) -> dict[str, float]:
         tokens = sum(result["tokens"] for result in results)

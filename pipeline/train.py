@@ -45,7 +45,7 @@ def train(config: Config) -> Accuracy:
     prepared = prepare(config)
     if len(prepared.rows) < 2 and config.predictor.kind != "oracle":
         raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
-    store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
         arena = store.open(shown.update)
     try:

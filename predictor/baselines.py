@@ -47,6 +47,26 @@ def _name(tokens: TokenBatch, row: int) -> bytes:
     return b"|".join(rows[row].astype(np.int64).tobytes() for rows in tokens.streams)
 
 
+class Worsened:
+    """Another predictor's tables with wrong experts put in by chance, as sure as before. The same for the same batch."""
+
+    def __init__(self, inner: Oracle, shape: RoutingShape, recall: float, seed: int):
+        """
+        Args:
+            recall: the share of predictions that is left as it is.
+        """
+        self._inner, self._shape, self._recall, self._seed = inner, shape, recall, seed
+
+    def predict(self, tokens: TokenBatch) -> HashTable:
+        table = self._inner.predict(tokens)
+        rng = np.random.default_rng([self._seed, *(int(tokens.flat(s).sum()) for s in range(len(tokens.streams)))])
+        experts = []
+        for n, named in zip(self._shape.experts, table.experts, strict=True):
+            others = (named + rng.integers(1, n, named.shape)) % n
+            experts.append(np.where(rng.random(named.shape) < self._recall, named, others).astype(np.int16))
+        return HashTable(tuple(experts), table.probability, table.scaling)
+
+
 class Random:
     """Experts by chance, sure of every one: as wrong as a prediction can be. The same for the same batch."""
 

@@ -20,6 +20,8 @@ from tests.conftest import ROOT
 
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"path": "rows.tsv"}, "labels": {"0": "bad", "1": "good"}}
 SPECIAL = {
+    "model.path": "another",
+    "data.path": "another.tsv",
     "predictor.kind": "token_table",
     "store.policy": "fifo",
     "store.budget": "30%",
@@ -27,6 +29,9 @@ SPECIAL = {
     "train.holdout": 0.25,
 }
 """Keys whose values are checked beyond their type."""
+
+NOT_BESIDE_A_PATH = ("model.config", "model.random.recipe")
+"""Keys of a model of random weights, which have tests of their own."""
 
 
 def leaves(cls: type = Config, at: str = "") -> list[tuple[str, typing.Any]]:
@@ -56,7 +61,7 @@ def other_values(key: str, now: typing.Any) -> list:
         if typing.get_origin(hint) is typing.Literal:
             values += typing.get_args(hint)
         elif typing.get_origin(hint) is list:
-            values.append(["one", "two"])
+            values.append(["one", "two"] if hint == list[str] else [3, 1])
         else:
             values.append({str: "another", int: 7, float: 0.75, bool: not now, type(None): None}[hint])
     return [value for value in values if value != now]
@@ -92,7 +97,7 @@ def refused(tmp_path: Path, data: dict | str, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("key", LEAVES)
+@pytest.mark.parametrize("key", [key for key in LEAVES if key not in NOT_BESIDE_A_PATH])
 def test_every_key_can_be_set_in_the_file_and_on_the_command_line(tmp_path, key):
     values = other_values(key, value_at(parse(MINIMAL, "test"), key))
     assert values
@@ -137,6 +142,7 @@ def test_what_a_key_must_be_is_said_in_words(tmp_path):
     assert "it must be a whole number or null" in refused(tmp_path, with_value("data.limit", "ten"))
     assert "it must be a whole number or 'auto'" in refused(tmp_path, with_value("predictor.lookahead", "some"))
     assert "it must be text or a list of text" in refused(tmp_path, with_value("data.text", 4))
+    assert "it must be a list of whole numbers" in refused(tmp_path, with_value("bench.batch_sizes", ["8"]))
     assert "it must be true or false" in refused(tmp_path, with_value("store.keep", "perhaps"))
     assert "it must be a number" in refused(tmp_path, with_value("train.lr", "fast"))
 
@@ -235,14 +241,49 @@ def test_labels_that_yaml_takes_for_true_and_false_are_refused_rather_than_renam
 @pytest.mark.parametrize(
     ("key", "value"),
     [(key, value) for key in ("batch.size", "batch.max_tokens", "predictor.top_k", "predictor.lookahead", "data.limit",
-                              "train.epochs", "train.batch_size", "train.hidden", "train.top_t", "train.lr") for value in (0, -3)]
+                              "train.epochs", "train.batch_size", "train.hidden", "train.top_t", "train.lr",
+                              "bench.rounds", "bench.batches") for value in (0, -3)]
     + [("train.holdout", 0), ("train.holdout", 1), ("train.holdout", -0.1), ("train.holdout", float("nan")),
        ("train.ce_weight", -1), ("train.ce_weight", float("nan")), ("train.lr", float("nan")), ("train.lr", float("inf")),
-       ("data.text", []), ("data.text", ["a"] * 3), ("labels", {}), ("labels", {"0": "only"}), ("seed", -1), ("seed", 2**70)],
+       ("data.text", []), ("data.text", ["a"] * 4), ("bench.batch_sizes", [4, 0]), ("bench.recall", 1.5), ("bench.recall", -0.1), ("model.random.seed", -1),
+       ("labels", {}), ("labels", {"0": "only"}), ("seed", -1), ("seed", 2**70)],
 )  # fmt: skip
 def test_an_impossible_value_is_refused_with_its_key(tmp_path, key, value):
     message = refused(tmp_path, with_value(key, value))
     assert f"{key!r}" in message
+
+
+RANDOM = MINIMAL | {"model": {"config": "model.json", "random": {"recipe": "switch", "seed": 3}, "tokenizer": "words"}}
+
+
+def test_a_model_of_random_weights_has_a_config_a_recipe_and_a_tokenizer(tmp_path):
+    config = load_config(write(tmp_path, RANDOM), ["model.random.seed=4"]).model
+    assert (config.path, config.config, config.tokenizer) == (None, "model.json", "words")
+    assert (config.random.recipe, config.random.seed) == ("switch", 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.path=somewhere", "'model' has a path and a config"),
+        ("model.config=null", "'model.path' is missing; or, for random weights, 'model.config'"),
+        ("model.random={}", "'model.random.recipe' is missing; known: switch"),
+        ("model.random.recipe=swich", "model.random.recipe: there is no 'swich'; did you mean 'switch'?"),
+        ("model.tokenizer=null", "'model.tokenizer' is missing"),
+        ("model.random=null", "model.random must hold keys"),
+    ],
+)
+def test_a_model_that_is_neither_stored_nor_random_is_refused(tmp_path, override, said):
+    assert said in refused(tmp_path, RANDOM, override)
+
+
+def test_a_stored_model_is_given_no_recipe(tmp_path):
+    assert "'model.random' goes with 'model.config'" in refused(tmp_path, MINIMAL, "model.random.recipe=switch")
+
+
+def test_a_config_may_name_data_that_it_does_not_have(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["data.path=null", "data.hub=nyu-mll/glue sst2 validation"])
+    assert (config.data.path, config.data.hub) == (None, "nyu-mll/glue sst2 validation")
 
 
 @pytest.mark.parametrize(("key", "value", "near"), [("predictor.kind", "lsmt", "lstm"), ("store.policy", "lfru", "lru")])

@@ -222,6 +222,20 @@ def test_a_text_that_is_not_unicode_is_refused_with_its_row(tmp_path):
     assert "row 1" in refused(write(tmp_path, "rows.jsonl", '{"sentence": "a \\ud800 b", "label": 1}\n'))
 
 
+def test_of_three_columns_the_second_and_the_third_are_joined_to_one(tmp_path):
+    path = write(tmp_path, "rows.tsv", "paragraph\tquestion\tanswer\tlabel\nLong ago.\tWhen?\tLong ago\t1\n")
+    row = read(path, text=["paragraph", "question", "answer"], target="answer")
+    assert row == [Row("Long ago.", "When? Long ago", "1", "Long ago")]
+
+
+def test_a_config_without_a_file_says_what_to_download():
+    with pytest.raises(DataError) as error:
+        read_rows(DataConfig(hub="nyu-mll/glue sst2 validation"), LABELS)
+    assert str(error.value) == (
+        "data.path is null: download nyu-mll/glue sst2 validation from https://huggingface.co/datasets and pass data.path=FILE"
+    )
+
+
 def test_a_file_that_is_not_there_or_of_no_known_format_is_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "rows.tsv")
     (tmp_path / "folder.tsv").mkdir()

@@ -22,7 +22,7 @@ from predictor.registry import save_lstm, save_token_table
 from predictor.token_table import TokenTable
 from predictor.traces import join
 from store.actor import ExpertStore
-from tests.conftest import SENTENCES, config_data, save_switch, write_tsv
+from tests.conftest import SENTENCES, answers, config_data, save_switch, write_tsv
 
 TEXTS = [*SENTENCES, *(" ".join(SENTENCES[i:]) for i in range(len(SENTENCES))), "x", "one two three " * 30, "fine, really"]
 
@@ -43,13 +43,13 @@ def config(tmp_path: Path, directory: Path, **changes) -> Config:
 def served(config: Config, background: bool = True) -> Iterator[tuple[Prepared, Executor, Predictor]]:
     """The three actors' classes in one process, slots poisoned."""
     prepared = prepare(config)
-    store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     arena = store.open()
     make_predictor_file(config, prepared, arena.identity)
     embedding = partial(load_embedding, arena.path, prepared.model.embedding)
     predictor = Predictor(prepared.predictor_spec(arena.identity), embedding)
     executor = Executor(prepared.executor_spec(background))
-    executor._slots.memory.fill_(255)  # NaN in every float dtype: an expert that was not copied shows
+    executor._device._engine.slots.memory.fill_(255)  # NaN in every float dtype: an expert that was not copied shows
     try:
         yield prepared, executor, predictor
     finally:
@@ -91,7 +91,7 @@ def run_and_compare(config: Config, whole: torch.nn.Module, ahead: int = 3) -> l
                 executor.plan(prepared.batches[j].index, tables[j])
             result = executor.execute(batch, tables[i])
             with torch.inference_mode():
-                assert_equal_results(result.results, prepared.task.run(whole, batch))
+                assert_equal_results(result.results, answers(prepared.task, whole, batch))
             stats.append(result.stats)
         assert sum(len(batch.rows) for batch in prepared.batches) == len(TEXTS)
         return stats
@@ -216,7 +216,7 @@ class TestHashRouting:
             for layer, (name, mlp) in enumerate(zip(places, originals, strict=True)):
                 whole.set_submodule(name, Dense(mlp, layer))
             with torch.inference_mode():
-                return prepared.task.run(whole, batch)
+                return answers(prepared.task, whole, batch)
         finally:
             for name, mlp in zip(places, originals, strict=True):
                 whole.set_submodule(name, mlp)
@@ -236,7 +236,7 @@ class TestHashRouting:
         directory, _ = model
         with served(config(tmp_path, directory)) as (prepared, executor, predictor):
             asked = []
-            for name, module in executor._model.named_modules():
+            for name, module in executor._device._model.named_modules():
                 if name.endswith("router"):
                     module.register_forward_hook(lambda m, i, o: asked.append(1))
             batch = prepared.batches[0]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 from pipeline.config import ModelConfig, parse
 from pipeline.errors import USER_ERRORS, ModelError
 from pipeline.executor import Executor
-from pipeline.experts import Current
+from pipeline.experts import Current, SlotMoE
 from pipeline.models import build, describe, load_embedding
 from pipeline.prepare import Prepared, prepare
 from predictor.tokens import DECODER, ENCODER
@@ -35,7 +36,7 @@ from store.copies import CopyEngine
 from store.errors import CheckpointError
 from store.eviction import POLICIES
 from store.slots import Slots
-from tests.conftest import config_data, save_switch, write_tsv
+from tests.conftest import answers, config_data, save_switch, write_tsv
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def served(tmp_path: Path, directory: Path, **changes) -> Iterator[tuple[Prepare
     (tmp_path / "arenas").mkdir(exist_ok=True)
     data = write_tsv(tmp_path / "data.tsv")
     prepared = prepare(parse(config_data(directory, data, tmp_path / "arenas", tmp_path / "out", **changes), "test"))
-    store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     store.open()
     executor = Executor(prepared.executor_spec(background=False))
     try:
@@ -104,7 +105,7 @@ def assert_answers_as_transformers(tmp_path: Path, directory: Path) -> None:
     whole = SwitchTransformersForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     with served(tmp_path, directory) as (prepared, executor), torch.inference_mode():
         for batch in prepared.batches:
-            for mine, theirs in zip(executor.execute(batch, None).results, prepared.task.run(whole, batch), strict=True):
+            for mine, theirs in zip(executor.execute(batch, None).results, answers(prepared.task, whole, batch), strict=True):
                 scale = max(1, *map(abs, theirs["scores"]))
                 assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5 * scale)
 
@@ -299,7 +300,7 @@ def test_building_a_model_makes_neither_experts_nor_copies_of_the_backbone(tmp_p
         slots = Slots(arena, 2, CPU)
         engine = CopyEngine(arena, slots, POLICIES["lru"](), background=False)
         with Allocations(arena) as allocations:
-            model = build(prepared.model, arena, engine, Current(), CPU)
+            model = build(prepared.model, arena, partial(SlotMoE, engine=engine, current=Current()), CPU)
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         assert not [name for name in names if "expert" in name]
         assert [name for name in names if "router" in name]
@@ -317,7 +318,7 @@ def test_building_a_model_makes_neither_experts_nor_copies_of_the_backbone(tmp_p
 def test_the_backbone_is_the_checkpoints(tmp_path, published):
     whole = SwitchTransformersForConditionalGeneration.from_pretrained(published).state_dict()
     with served(tmp_path, published) as (_, executor):
-        for name, tensor in executor._model.state_dict().items():
+        for name, tensor in executor._device._model.state_dict().items():
             assert torch.equal(tensor, whole[name]), name
 
 

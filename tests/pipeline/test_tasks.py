@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import describe
 from pipeline.tasks import make_task
 from predictor.tokens import DECODER, ENCODER
-from tests.conftest import SENTENCES, TOKENIZER, save_switch
+from tests.conftest import SENTENCES, TOKENIZER, answers, save_switch
 
 WORDS = {"0": "negative", "1": "positive"}
 
@@ -68,7 +68,7 @@ def run(task, model, tokenizer, rows: list[Row], size: int = 3, max_tokens: int 
     results = []
     with torch.inference_mode():
         for batch in make_batches(encoded, BatchConfig(size=size, order="input")):
-            results += task.run(model, batch)
+            results += answers(task, model, batch)
     assert [result["index"] for result in results] == list(range(len(rows)))
     return results
 

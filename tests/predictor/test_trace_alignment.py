@@ -19,7 +19,7 @@ from predictor.tokens import DECODER, ENCODER
 from predictor.traces import Trace, join
 from predictor.training import TrainSettings, distillation_loss
 from store.actor import ExpertStore
-from tests.conftest import SENTENCES, config_data, save_switch
+from tests.conftest import SENTENCES, answers, config_data, save_switch
 
 TOP_T = 5
 
@@ -53,7 +53,7 @@ def world(request, tmp_path_factory):
     if "score" in request.param:
         plain |= {"task": "score", "data": {"path": str(data), "text": "sentence", "target": "target"}}
     prepared = prepare(parse(plain, "test"))
-    store = ExpertStore(prepared.arena, prepared.model.directory, prepared.model.placement)
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     store.open()
     yield whole, prepared, store
     assert store.close(keep=False)
@@ -74,7 +74,7 @@ def test_every_token_has_the_decision_of_transformers_own_router(world, executor
     assert len(prepared.batches) == 3
     for batch in prepared.batches:
         with hooked(whole) as calls, torch.inference_mode():
-            prepared.task.run(whole, batch)
+            answers(prepared.task, whole, batch)
         assert len(calls) == shape.layers
         trace = executor.trace(batch, TOP_T)
         assert trace.tokens is batch.tokens

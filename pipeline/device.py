@@ -1,0 +1,90 @@
+"""What an Executor runs on: one door to a CPU (on_cpu.py) and to a GPU (on_gpu.py).
+
+Both keep experts in slots under a budget and the rest a read away, and give the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.data import Batch
+from pipeline.models import ModelSpec
+from pipeline.tasks import Task
+from predictor.hash_table import HashTable
+from predictor.traces import LayerTrace
+from store.arena import Arena
+from store.movement import Movement
+
+
+@dataclass(frozen=True)
+class ExecutorSpec:
+    """All that an Executor is made of; travels to it.
+
+    Attributes:
+        slots: how many experts fit the budget (store.slots.parse_budget).
+        background: copy on a thread of its own; otherwise whenever a table or a layer comes.
+        threads: for torch's operators.
+        demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
+    """
+
+    model: ModelSpec
+    task: Task
+    arena: Path
+    slots: int
+    policy: str
+    device: str
+    threads: int
+    background: bool = True
+    demand: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out of one batch.
+
+    Attributes:
+        outputs: the task's, on the CPU.
+        chosen: what the routers chose, per MoE layer int16 (tokens, top_k); empty under hash routing.
+        decisions: the same with more of their probabilities, if that was asked for.
+    """
+
+    outputs: torch.Tensor
+    chosen: list[np.ndarray]
+    decisions: list[LayerTrace]
+
+
+class Device(Protocol):
+    """A model that stands somewhere, and its experts."""
+
+    def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
+
+    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
+        """Runs one batch.
+
+        Args:
+            table: decides under hash routing; None: the routers decide.
+            top_t: record so many of the routers' probabilities per token; None: only what they chose.
+        """
+
+    def take(self) -> Movement:
+        """What has moved since the last call."""
+
+    def close(self) -> None:
+        """Stops copying."""
+
+
+def make_device(spec: ExecutorSpec, arena: Arena) -> Device:
+    if spec.device == "cpu":
+        from pipeline.on_cpu import OnCPU
+
+        return OnCPU(spec, arena)
+    from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
+
+    return OnGPU(spec, arena)

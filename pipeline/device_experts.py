@@ -1,0 +1,114 @@
+"""The forward of a MoE layer on a GPU: no question to the CPU, so that it can be part of a CUDA graph.
+
+`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels
+(kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link. Between
+the router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end one
+graph and begin another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pipeline import kernels
+from pipeline.experts import record
+from pipeline.families import Family
+from pipeline.kernels import ExpertShape
+from predictor.traces import LayerTrace
+from store.layout import LayerLayout
+
+
+class Counters:
+    """What the kernels found in one forward, on the device.
+
+    Attributes:
+        routed, hits: int32 (MoE layers, experts of the largest layer): tokens of each expert; 1 if it was read from a slot.
+    """
+
+    def __init__(self, layers: tuple[LayerLayout, ...], device: torch.device):
+        widest = max(layer.experts for layer in layers)
+        self.both = torch.zeros(2, len(layers), widest, dtype=torch.int32, device=device)
+        self.routed, self.hits = self.both
+
+
+@dataclass
+class DeviceForward:
+    """The forward under way.
+
+    Attributes:
+        masks: per stream, 1 for real tokens: int64 (batch, tokens).
+        tables: hash routing: per MoE layer the experts, int64 (batch * tokens, top_k), and their scaling; None: routers decide.
+        boundary: called between a layer's router and its experts, with the number of the layer and the tokens of each of its
+            experts, int32 (experts + 1,) on the device, those without expert last.
+        done: called when the layer's kernels are enqueued.
+        top_t: record so many of the routers' probabilities per token, which asks the GPU; None: their choice alone, which does not.
+        chosen: per MoE layer what the router chose, int16 (batch * tokens, top_k).
+        decisions: with top_t.
+    """
+
+    masks: list[torch.Tensor]
+    tables: list[tuple[torch.Tensor, torch.Tensor]] | None
+    boundary: Callable[[int, torch.Tensor], None]
+    done: Callable[[int], None]
+    top_t: int | None = None
+    chosen: list[torch.Tensor] = field(default_factory=list)
+    decisions: list[LayerTrace] = field(default_factory=list)
+
+
+class CurrentForward:
+    """Holds the forward under way, for the MoE layers of one model."""
+
+    forward: DeviceForward
+
+
+class DeviceMoE(nn.Module):
+    """A MoE layer whose experts are wherever the pointer table says."""
+
+    def __init__(
+        self,
+        family: Family,
+        router: nn.Module,
+        layer: int,
+        stream: int,
+        shape: ExpertShape,
+        table: torch.Tensor,
+        slots: tuple[int, int],
+        counters: Counters,
+        current: CurrentForward,
+    ):
+        """
+        Args:
+            table: int64 (experts,), this layer's part of the pointer table.
+            slots: first address of the slots and the first behind them.
+        """
+        super().__init__()
+        self.router = router
+        self._family, self._layer, self._stream = family, layer, stream
+        self._shape, self._table, self._slots = shape, table, slots
+        self._routed, self._hits = counters.routed[layer, : shape.experts], counters.hits[layer, : shape.experts]
+        self._current = current
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, d_model) -> the same; zero for padding and for tokens that the router drops."""
+        now = self._current.forward
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        if now.tables is not None:
+            experts, weights = now.tables[self._layer]
+        else:
+            mask = now.masks[self._stream].reshape(-1, 1)
+            routing = self._family.route(self.router, hidden)
+            experts, weights = torch.where(mask != 0, routing.experts, -1), routing.weights
+            now.chosen.append(routing.chosen.to(torch.int16))
+            if now.top_t is not None:
+                real = mask[:, 0].nonzero()[:, 0]
+                now.decisions.append(record(routing.logits[real], routing.chosen[real], weights[real], now.top_t))
+        groups = kernels.group(experts, self._shape)
+        now.boundary(self._layer, groups.counts)
+        kernels.snapshot(groups, self._table, *self._slots, self._routed, self._hits)
+        output = kernels.run(tokens, weights, groups)
+        now.done(self._layer)
+        return output.reshape(hidden.shape)

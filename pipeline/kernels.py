@@ -1,0 +1,417 @@
+"""The experts of a MoE layer on a GPU: Triton grouped matmuls that find each expert's weights through a table of addresses.
+
+Knows tokens, experts and addresses; nothing of models, slots or copies. `group` sorts the token-expert pairs by expert,
+`snapshot` reads the table, once, and `run` computes. None of them asks the GPU anything, so all three can be captured in a
+CUDA graph (after a first call outside, which compiles), and a replay follows the table as it is then. An address may lie in HBM
+or in registered host memory: a kernel that reads in place over the link is the same kernel, only slower.
+
+Two choices may surprise. Pairs without an expert are sorted too, behind all others, and get tiles of their own, which only
+write zeros: no buffer has to be zeroed first, and no launch is spent on it. And a tile of at most `NARROW` rows takes another
+path through the same kernel: most experts have few tokens, where a matmul costs the reading of its weights; those with many
+should not have theirs read once per 16 of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pipeline.expert_shape import ExpertShape
+
+NARROW = 16
+"""Rows; the fewest that tensor cores multiply."""
+
+PROGRAMS = 2 * 132
+"""The fewest to aim for: two for each multiprocessor of an H100."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a matmul computes: `n` outputs of a tile's rows, `k` inputs at a time, `stages` of them under way."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How both matmuls are cut. rows: of a tile; one of at most `NARROW` takes the narrow path."""
+
+    rows: int
+    up: Tile
+    down: Tile
+
+
+def tiles_for(pairs: int, shape: ExpertShape) -> Tiles:
+    """The constants of every launch, by what the host knows; how the pairs are spread over the experts it does not."""
+    single = shape.dtype.itemsize == 4
+    line = 128 // shape.dtype.itemsize  # inputs in 128 bytes: a line of the L2, and the least that the link carries well
+    if pairs >= 64 * shape.experts:  # bound by arithmetic
+        n = 64 if single else 128
+        up = Tile(n // 2 if shape.gated else n, line, warps=8, stages=3)  # a gated program sums up twice as much
+        return Tiles(64 if single else 128, up, Tile(n, line, warps=8, stages=3))
+    # Bound by reading: what counts is how many bytes are under way, over all programs that run at once.
+    few = Tile(16, 4 * line if pairs <= NARROW else 2 * line, warps=4, stages=4)
+    # Fits a multiprocessor twice. Two lines of a row at a time: over the link one is 7 % slower, in HBM there is no difference.
+    many = Tile(32, line if shape.gated else 2 * line, warps=4, stages=4)
+    active = min(pairs, shape.experts)
+    up = few if active * shape.d_ff < 32 * PROGRAMS else many
+    down = few if active * shape.d_model < 32 * PROGRAMS else many
+    return Tiles(NARROW if pairs <= NARROW else 64, up, down)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The token-expert pairs of one layer, sorted by expert and cut into tiles. Expert `shape.experts` is none: pairs without.
+
+    Attributes:
+        order: int32 (pairs,), positions in (tokens, top_k), by expert, those of one expert in their order.
+        counts, offsets: int32 (experts + 1,), how many of `order` are an expert's, and where they begin.
+        address: int64 (experts,), the snapshot of the table.
+        tile_experts: int32 (at most so many tiles,), whose tile this is; an expert's tiles lie together.
+        tile_count: int32 (1,), how many of them there are; what lies behind is uninitialised.
+        first_tiles: int32 (experts + 1,), an expert's first tile.
+
+    `group` writes the first three, `snapshot` the others.
+    """
+
+    shape: ExpertShape
+    tiles: Tiles
+    order: torch.Tensor
+    counts: torch.Tensor
+    offsets: torch.Tensor
+    address: torch.Tensor
+    tile_experts: torch.Tensor
+    tile_count: torch.Tensor
+    first_tiles: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the matmuls read, in the order of their arguments."""
+        return self.order, self.counts, self.offsets, self.address, self.tile_experts, self.tile_count, self.first_tiles
+
+
+def group(experts: torch.Tensor, shape: ExpertShape) -> Groups:
+    """Sorts the pairs by expert; does not read the table. One launch.
+
+    Args:
+        experts: int32 or int64 (tokens, top_k); -1, or whatever is not an expert, is none.
+    """
+    pairs, every = experts.numel(), shape.experts + 1
+    tiles = tiles_for(pairs, shape)
+
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=experts.device)
+
+    most = min(every, pairs) + pairs // tiles.rows  # each expert's last tile, and the full ones
+    order, counts, offsets = empty(pairs), empty(every), empty(every)
+    groups = Groups(
+        shape, tiles, order, counts, offsets, empty(shape.experts, torch.int64), empty(most), empty(1), empty(every)
+    )  # fmt: skip
+    block = 256 if pairs <= 256 else 2048  # two, so that few kernels are compiled
+    _sort[(every,)](experts.contiguous(), order, counts, offsets, pairs, shape.experts, block)
+    return groups
+
+
+def snapshot(
+    groups: Groups, table: torch.Tensor, slots_begin: int, slots_end: int, routed: torch.Tensor, hits: torch.Tensor
+) -> None:
+    """Reads each entry of the table once, counts, and makes the tiles. One launch. What the table becomes later is not seen.
+
+    Args:
+        table: int64 (experts,), each expert's address.
+        slots_begin, slots_end: addresses; an expert between them is in a slot.
+        routed: int32 (experts,), assigned the pairs of each expert.
+        hits: int32 (experts,), assigned 1 for each expert that has pairs and is in a slot, else 0.
+    """
+    every = groups.shape.experts + 1
+    _snapshot[(every,)](
+        table, groups.counts, groups.address, groups.tile_experts, groups.tile_count, groups.first_tiles, routed, hits,
+        slots_begin, slots_end, groups.shape.experts, triton.next_power_of_2(every), groups.tiles.rows
+    )  # fmt: skip
+
+
+def run(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The layer's output: for each token the sum of its experts' results, weighted; zero for a token without expert.
+
+    Products are summed in float32, and rounded after the activation, after the weight, and after the sum over top_k. Same
+    input, same bits. Two launches, three with top_k > 1.
+
+    Args:
+        hidden: (tokens, d_model), of the experts' dtype.
+        weights: (tokens, top_k), floating-point.
+
+    Returns: (tokens, d_model).
+    """
+    shape, tiles, pairs, top_k = groups.shape, groups.tiles, groups.order.numel(), weights.shape[1]
+    assert hidden.dtype == shape.dtype and weights.numel() == pairs
+    most, activation = groups.tile_experts.numel(), shape.activation
+    activation, apply = (activation, None) if isinstance(activation, str) else ("none", activation)
+    outputs, stride, *parts = _first(shape)
+
+    inner = hidden.new_empty(pairs, outputs)  # sorted; the last rows, of pairs without expert, stay uninitialised
+    _up[(most * triton.cdiv(outputs, tiles.up.n),)](
+        hidden.contiguous(), inner, *groups.tensors, shape.experts, top_k, shape.d_model, outputs, stride,
+        shape.transposed, *parts, activation, NARROW, tiles.rows, tiles.up.n, tiles.up.k,
+        num_warps=tiles.up.warps, num_stages=tiles.up.stages
+    )  # fmt: skip
+    if apply is not None:
+        inner = apply(inner).contiguous()
+    output = hidden.new_empty(pairs, shape.d_model)  # written whole: tiles of pairs without expert write zeros
+    _down[(most * triton.cdiv(shape.d_model, tiles.down.n),)](
+        inner, output, weights.contiguous(), *groups.tensors, shape.experts, shape.d_ff, shape.d_model,
+        shape.d_model if shape.transposed else shape.d_ff, shape.transposed, shape.down, shape.down_bias,
+        NARROW, tiles.rows, tiles.down.n, tiles.down.k, num_warps=tiles.down.warps, num_stages=tiles.down.stages
+    )  # fmt: skip
+    return output if top_k == 1 else output.view(-1, top_k, shape.d_model).sum(dim=1)
+
+
+def _first(shape: ExpertShape) -> tuple[int, int, int | None, int, int | None, int | None]:
+    """What the first matmul reads: its outputs per pair, elements between rows, where gate, up and their biases begin."""
+    fused = shape.gated and shape.gate is None
+    stride = (2 * shape.d_ff if fused else shape.d_ff) if shape.transposed else shape.d_model
+    if not fused:
+        return shape.d_ff, stride, shape.gate, shape.up, shape.gate_bias, shape.up_bias
+    if callable(shape.activation):  # one matmul, of all that is in the part
+        return 2 * shape.d_ff, stride, None, shape.up, None, shape.up_bias
+    behind = shape.d_ff * shape.dtype.itemsize  # bytes from gate's bias to up's, or in a transposed part from gate to up
+    up_bias = None if shape.up_bias is None else shape.up_bias + behind
+    return shape.d_ff, stride, shape.up, shape.up + behind * (1 if shape.transposed else shape.d_model), shape.up_bias, up_bias
+
+
+@triton.jit
+def _keys(experts, position, pairs, EXPERTS: tl.constexpr):
+    """What is sorted by: the expert, EXPERTS for none, one more behind the last pair."""
+    expert = tl.load(experts + position, mask=position < pairs, other=-1)
+    key = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
+    return tl.where(position < pairs, key, EXPERTS + 1)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _sort(experts, order, counts, offsets, pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program e finds the pairs of expert e and counts those of the experts before: two passes over all, no second launch."""
+    expert = tl.program_id(0)
+    count = 0
+    before = 0
+    for start in range(0, pairs, BLOCK):
+        key = _keys(experts, start + tl.arange(0, BLOCK), pairs, EXPERTS)
+        count += tl.sum((key == expert).to(tl.int32))
+        before += tl.sum((key < expert).to(tl.int32))
+    tl.store(counts + expert, count)
+    tl.store(offsets + expert, before)
+    for start in range(0, pairs, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        mine = _keys(experts, position, pairs, EXPERTS) == expert
+        tl.store(order + before + tl.cumsum(mine.to(tl.int32), 0) - 1, position, mask=mine)
+        before += tl.sum(mine.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["slots_begin", "slots_end"])
+def _snapshot(
+    table, counts, address, tile_experts, tile_count, first_tiles, routed, hits,
+    slots_begin, slots_end, EXPERTS: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Program e does all that concerns expert e; the last one, that of none, counts the tiles."""
+    expert = tl.program_id(0)
+    every = tl.arange(0, EVERY)
+    tiles = tl.cdiv(tl.load(counts + every, mask=every <= EXPERTS, other=0), ROWS)
+    first = tl.sum(tl.where(every < expert, tiles, 0))
+    end = tl.sum(tl.where(every <= expert, tiles, 0))
+    tl.store(first_tiles + expert, first)
+    for start in range(first, end, 128):
+        tile = start + tl.arange(0, 128)
+        tl.store(tile_experts + tile, tl.zeros_like(tile) + expert, mask=tile < end)
+    if expert == EXPERTS:
+        tl.store(tile_count, end)
+    else:
+        count = tl.load(counts + expert)
+        here = tl.load(table + expert, volatile=True)  # volatile: one load, so that what is counted is what is read
+        tl.store(address + expert, here)
+        tl.store(routed + expert, count)
+        tl.store(hits + expert, ((count > 0) & (here >= slots_begin) & (here < slots_end)).to(tl.int32))
+
+
+@triton.jit
+def _locate(
+    expert, counts, offsets, address, first_tiles,
+    EXPERTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """What this program computes: the expert's address, first row in `order`, rows, its outputs (BLOCK_N,).
+
+    An expert's programs lie together, and among them those that read the same weights: the second of them finds in the L2 what
+    the first has brought, over the link or from HBM.
+    """
+    here = tl.load(address + expert, mask=expert < EXPERTS, other=0)
+    count = tl.load(counts + expert)
+    mine = tl.program_id(0) - tl.load(first_tiles + expert) * tl.cdiv(OUTPUTS, BLOCK_N)
+    tiles = tl.cdiv(count, BLOCK_M)
+    skipped = mine % tiles * BLOCK_M
+    n = mine // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    return here, tl.load(offsets + expert) + skipped, tl.minimum(count - skipped, BLOCK_M), n
+
+
+@triton.jit
+def _part(address, OFFSET: tl.constexpr, like):
+    """A pointer, of the type of `like`, to the part of a block that begins at OFFSET.
+
+    The hint makes loads 16 bytes wide, and only wide ones are pipelined. It belongs on the pointer: on a loaded address it is
+    ignored (Triton 3.6; AxisInfo knows nothing of scalar loads, and then drops the hint).
+    """
+    return tl.multiple_of((address + OFFSET).to(like.dtype), 16 if OFFSET % 16 == 0 else 1)
+
+
+@triton.jit
+def _multiply(
+    x, inside, gate, up, n, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """x (rows) times the weights at `gate` (if GATED) and at `up`: two of float32 (BLOCK_M, BLOCK_N).
+
+    Args:
+        x: pointers to rows (BLOCK_M,); those not `inside` are zero.
+    """
+    k = tl.arange(0, BLOCK_K)
+    offsets = k[:, None] * STRIDE + n[None, :] if TRANSPOSED else k[:, None] + n[None, :] * STRIDE
+    gated = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, INPUTS, BLOCK_K):
+        k_inside = (k < INPUTS - start) | (INPUTS % BLOCK_K == 0)
+        rows = tl.load(x[:, None] + (start + k)[None, :], mask=inside[:, None] & k_inside[None, :], other=0.0)
+        mask = k_inside[:, None] & (n < OUTPUTS)[None, :]
+        here = offsets + start * (STRIDE if TRANSPOSED else 1)
+        # "ieee" matters to float32 only: not as TF32.
+        if GATED:
+            weights = tl.load(gate + here, mask=mask, other=0.0)
+            gated = tl.dot(rows, weights, gated, input_precision="ieee")
+        weights = tl.load(up + here, mask=mask, other=0.0)
+        result = tl.dot(rows, weights, result, input_precision="ieee")
+    return gated, result
+
+
+@triton.jit
+def _bias(address, OFFSET: tl.constexpr, like, n, OUTPUTS: tl.constexpr):
+    """float32 (1, BLOCK_N)."""
+    return tl.load(_part(address, OFFSET, like) + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store(out, row, inside, n, OUTPUTS: tl.constexpr, values):
+    """Writes values (BLOCK_M, BLOCK_N) to those rows of `out`, (any, OUTPUTS), that are `inside`."""
+    where = out + row.to(tl.int64)[:, None] * OUTPUTS + n[None, :]
+    tl.store(where, values.to(out.dtype.element_ty), mask=inside[:, None] & (n < OUTPUTS)[None, :])
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch: a NaN is not hidden
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 1 + tanh(z) is 2 sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return x
+
+
+@triton.jit
+def _up_rows(
+    hidden, inner, order, address, row, rows, n, TOP_K: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Gathers `rows` rows from `hidden`, and writes them to `inner` in sorted order."""
+    m = tl.arange(0, BLOCK_M)
+    token = tl.load(order + row + m, mask=m < rows, other=0) // TOP_K
+    GATED: tl.constexpr = GATE is not None
+    up = _part(address, UP, hidden)
+    gate = _part(address, GATE if GATED else UP, hidden)
+    x = hidden + token.to(tl.int64) * INPUTS
+    gated, result = _multiply(x, m < rows, gate, up, n, INPUTS, OUTPUTS, STRIDE, TRANSPOSED, GATED, BLOCK_M, BLOCK_N, BLOCK_K)
+    if UP_BIAS is not None:
+        result += _bias(address, UP_BIAS, hidden, n, OUTPUTS)
+    if GATE_BIAS is not None:
+        gated += _bias(address, GATE_BIAS, hidden, n, OUTPUTS)
+    result = _activate(gated, ACTIVATION) * result if GATED else _activate(result, ACTIVATION)
+    _store(inner, row + m, m < rows, n, OUTPUTS, result)
+
+
+@triton.jit
+def _up(
+    hidden, inner, order, counts, offsets, address, tile_experts, tile_count, first_tiles,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """inner = activation(hidden @ up), or activation(hidden @ gate) * (hidden @ up)."""
+    tile = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
+    expert = tl.load(tile_experts + tile)  # before it is known whether there is such a tile: one round trip less
+    if tile >= tl.load(tile_count):
+        return
+    if expert == EXPERTS:
+        return
+    here, row, rows, n = _locate(expert, counts, offsets, address, first_tiles, EXPERTS, OUTPUTS, BLOCK_M, BLOCK_N)
+    if rows <= FEW:
+        _up_rows(
+            hidden, inner, order, here, row, rows, n, TOP_K, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,
+            GATE, UP, GATE_BIAS, UP_BIAS, ACTIVATION, FEW, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    elif BLOCK_M > FEW:
+        _up_rows(
+            hidden, inner, order, here, row, rows, n, TOP_K, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,
+            GATE, UP, GATE_BIAS, UP_BIAS, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_rows(
+    inner, output, weights, order, address, row, rows, n, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DOWN: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Takes `rows` rows in sorted order from `inner`, and writes each to its pair's place in `output`."""
+    m = tl.arange(0, BLOCK_M)
+    pair = tl.load(order + row + m, mask=m < rows, other=0)
+    weight = tl.load(weights + pair, mask=m < rows, other=0.0).to(tl.float32)
+    down = _part(address, DOWN, inner)
+    x = inner + (row + m).to(tl.int64) * INPUTS
+    _, result = _multiply(x, m < rows, down, down, n, INPUTS, OUTPUTS, STRIDE, TRANSPOSED, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    if BIAS is not None:
+        result += _bias(address, BIAS, inner, n, OUTPUTS)
+    _store(output, pair, m < rows, n, OUTPUTS, result * weight[:, None])
+
+
+@triton.jit
+def _down(
+    inner, output, weights, order, counts, offsets, address, tile_experts, tile_count, first_tiles,
+    EXPERTS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DOWN: tl.constexpr, BIAS: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """output = (inner @ down) * weights; zero for pairs without expert."""
+    tile = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
+    expert = tl.load(tile_experts + tile)
+    if tile >= tl.load(tile_count):
+        return
+    here, row, rows, n = _locate(expert, counts, offsets, address, first_tiles, EXPERTS, OUTPUTS, BLOCK_M, BLOCK_N)
+    if expert == EXPERTS:
+        m = tl.arange(0, BLOCK_M)
+        pair = tl.load(order + row + m, mask=m < rows, other=0)
+        _store(output, pair, m < rows, n, OUTPUTS, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    elif rows <= FEW:
+        _down_rows(
+            inner, output, weights, order, here, row, rows, n, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,
+            DOWN, BIAS, FEW, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    elif BLOCK_M > FEW:
+        _down_rows(
+            inner, output, weights, order, here, row, rows, n, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,
+            DOWN, BIAS, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip

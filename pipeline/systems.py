@@ -1,0 +1,257 @@
+"""The systems that `bench` sets side by side, by name; each answers a list of batches and says how long it took.
+
+Baselines get their best setting: transformers' weights lie on the device whole; accelerate keeps as much there as `sida` needs at
+its peak and brings the rest from registered memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import Config
+from pipeline.data import Batch
+from pipeline.errors import ConfigError
+from pipeline.executor import Executor
+from pipeline.whole import Pass, Transformers, whole_model
+from pipeline.window import Window
+from pipeline.workload import Workload, mapped
+from predictor.actor import Prediction
+from store import cuda
+from store.slots import parse_budget
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A system and what it is given.
+
+    Attributes:
+        budget: as written; None where a system knows none.
+        predictor: the name of the workload's tables.
+    """
+
+    system: str
+    budget: str | None
+    predictor: str | None = None
+
+    def slots(self, workload: Workload) -> int:
+        layout = workload.prepared.layout
+        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
+
+
+class Running(Protocol):
+    """A system that is set up."""
+
+    def run(self, batches: list[Batch]) -> Pass: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """This project's Executor called directly, tables as far ahead as the window says: the driver's loop without actors."""
+
+    def __init__(self, workload: Workload, given: Combination, **changes: object):
+        prepared = workload.prepared
+        self._spec = replace(prepared.executor_spec(), slots=given.slots(workload), **changes)  # type: ignore[arg-type]
+        self._workload, self._predictor = workload, given.predictor
+        self._routing = "hash" if given.system == "paper" else "exact"
+        self._executor = Executor(self._spec)
+        self._window = Window(self._spec.slots, prepared.config.predictor.lookahead)
+        self._planned: dict[int, Prediction] = {}
+        self._next = self._to_plan = 0
+
+    def run(self, batches: list[Batch]) -> Pass:
+        first, count = self._next, len(batches)
+        self._next += count
+        outputs, times, stats = [], [], []
+        start = time.perf_counter()
+        for number in range(first, first + count):
+            began = time.perf_counter()
+            self._plan(batches, min(first + count, number + 1 + self._window.lookahead))
+            batch = replace(batches[number % count], index=number)
+            result = self._executor.execute(batch, self._planned.pop(number, None), self._routing)
+            self._window.saw(result.stats.predicted_uses)
+            times.append((time.perf_counter() - began) * 1e3)
+            outputs.append(numbers(result.results))
+            stats.append(result.stats)
+        return Pass(time.perf_counter() - start, outputs, times, stats)
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _plan(self, batches: list[Batch], end: int) -> None:
+        """Plans all batches before `end`, a number that goes on from round to round."""
+        while self._predictor is not None and self._to_plan < end:
+            table = _handed_over(self._workload.table(self._predictor, batches[self._to_plan % len(batches)]))
+            self._executor.plan(self._to_plan, table, self._routing)
+            self._planned[self._to_plan] = table
+            self._to_plan += 1
+
+
+def _handed_over(prediction: Prediction) -> Prediction:
+    """A recorded table, as if it had been made just now."""
+    now = time.time_ns()
+    return replace(prediction, start=now - (prediction.end - prediction.start), end=now)
+
+
+def numbers(results: list[dict]) -> np.ndarray:
+    """What can be compared in results: scores or log probabilities, (batch, ...)."""
+    return np.array([row.get("scores", row.get("logprob")) for row in results], dtype=np.float64)
+
+
+def _transformers(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device(workload.prepared.device)
+    with mapped(prepared) as arena:
+        memory = arena.memory.to(device)
+        return Transformers(whole_model(prepared.model, arena.layout, memory, device), prepared.task, device)
+
+
+def _cpu(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device("cpu")
+    with mapped(prepared) as arena:
+        return Transformers(whole_model(prepared.model, arena.layout, arena.memory, device), prepared.task, device)
+
+
+class Accelerate(Transformers):
+    """accelerate's offload: as much of the model on the device as `sida` has there, the rest brought by hooks when it runs."""
+
+    def __init__(self, workload: Workload, given: Combination):
+        from accelerate import dispatch_model, infer_auto_device_map  # an extra, for this baseline alone
+
+        prepared, device = workload.prepared, torch.device(workload.prepared.device)
+        layout, index = prepared.layout, device.index or 0
+        with mapped(prepared) as arena:
+            cuda.register(arena.memory.data_ptr(), arena.memory.numel(), index)  # as fast as pinned, and no second copy
+            model = whole_model(prepared.model, layout, arena.memory, torch.device("cpu"))
+        self._registered = arena.memory
+        limits = {index: given.slots(workload) * layout.slot_bytes + layout.backbone_bytes, "cpu": 2 * layout.nbytes}
+        where = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["SwitchTransformersDenseActDense"])
+        super().__init__(dispatch_model(model, device_map=where, main_device=index), prepared.task, device)
+
+    def close(self) -> None:
+        super().close()
+        cuda.unregister(self._registered.data_ptr())
+
+
+def _ray(workload: Workload, given: Combination) -> Running:
+    from pipeline.ray_system import ThroughRay  # Ray is started for it
+
+    return ThroughRay(workload, given)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a system is set up, and what there is to choose.
+
+    Attributes:
+        has_budget: takes a budget; otherwise it is measured once per batch size.
+        predictors: which of the workload's tables it is run with; None: it has none.
+        needs_gpu: there is nothing to compare on a CPU.
+        needs_package: what it stands on, of the extra `bench`.
+    """
+
+    make: Callable[[Workload, Combination], Running]
+    has_budget: bool = True
+    predictors: Callable[[Workload], list[str]] | None = None
+    needs_gpu: bool = False
+    needs_package: str | None = None
+
+    def combinations(self, workload: Workload, name: str, budget: str) -> list[Combination]:
+        chosen = budget if self.has_budget else None
+        if self.predictors is None:
+            return [Combination(name, chosen)]
+        return [Combination(name, chosen, predictor) for predictor in self.predictors(workload)]
+
+
+def _all(workload: Workload) -> list[str]:
+    return list(workload.tables)
+
+
+def _oracle(workload: Workload) -> list[str]:
+    return ["oracle"]
+
+
+def _lstm(workload: Workload) -> list[str]:
+    return [name for name in workload.tables if name == "lstm"]
+
+
+SYSTEMS: dict[str, Kind] = {
+    "transformers": Kind(_transformers, has_budget=False),
+    "cpu": Kind(_cpu, has_budget=False),
+    "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
+    "resident": Kind(InProcess, has_budget=False, predictors=_oracle),
+    "sida": Kind(lambda w, g: InProcess(w, g, policy="lookahead"), predictors=_all),
+    "on-demand": Kind(lambda w, g: InProcess(w, g, policy="lru", demand=True), needs_gpu=True),
+    "paper": Kind(lambda w, g: InProcess(w, g, policy="fifo"), predictors=_lstm),
+    "in_process": Kind(lambda w, g: InProcess(w, g, threads=1), predictors=_oracle),
+    "ray": Kind(_ray, predictors=_oracle),
+}
+"""By their names in `bench.systems`."""
+
+
+def check_systems(config: Config, device: str) -> None:
+    """
+    Raises:
+        ConfigError: a system that is not known, or cannot run here.
+    """
+    if not config.bench.systems:
+        raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
+    for name in config.bench.systems:
+        if name not in SYSTEMS:
+            near = difflib.get_close_matches(name, SYSTEMS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SYSTEMS)}"
+            raise ConfigError(f"bench.systems: there is no {name!r}; {hint}")
+        kind = SYSTEMS[name]
+        if kind.needs_gpu and device == "cpu":
+            raise ConfigError(f"bench.systems: {name!r} needs a GPU, and device is cpu; leave it out of bench.systems")
+        if kind.needs_package is not None and find_spec(kind.needs_package) is None:
+            package = kind.needs_package
+            raise ConfigError(
+                f"bench.systems: {name!r} needs {package}, which is not installed; pip install -e '.[bench]', or leave it out"
+            )
+        if name == "paper" and (config.predictor.kind != "lstm" or config.predictor.path is None):
+            raise ConfigError("bench.systems: 'paper' needs predictor.kind=lstm and, in predictor.path, its trained file")
+
+
+class Bench:
+    """A system on the bench: set up, run, and its memory on the device watched, apart from that of its neighbours."""
+
+    def __init__(self, given: Combination, workload: Workload):
+        self._cuda = workload.prepared.device != "cpu"
+        gc.collect()  # what others left behind must not go while this one is measured
+        before = self._allocated()
+        torch.set_num_threads(workload.prepared.executor_spec().threads)  # the same for all, but for those that set another
+        self._system = SYSTEMS[given.system].make(workload, given)
+        self._threads = torch.get_num_threads()  # of the process: whoever runs next would have it too
+        self._own = self._allocated() - before
+        self.device_memory_peak_bytes: int | None = self._own if self._cuda else None
+
+    def run(self, batches: list[Batch]) -> Pass:
+        torch.set_num_threads(self._threads)
+        before = self._allocated()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        done = self._system.run(batches)
+        if self._cuda:
+            risen = torch.cuda.max_memory_allocated() - before
+            self._own += max(0, self._allocated() - before)  # what it keeps: graphs
+            self.device_memory_peak_bytes = max(self.device_memory_peak_bytes or 0, self._own + risen)
+        return done
+
+    def close(self) -> None:
+        self._system.close()
+        del self._system
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self._cuda else 0
