@@ -21,6 +21,18 @@ class CudaError(RuntimeError):
     """A call that CUDA's driver refused, by its own name for the reason."""
 
 
+def context() -> int:
+    """This thread's context, for `use` in another."""
+    current = c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(current))
+    return current.value or 0
+
+
+def use(context: int) -> None:
+    """Makes a context this thread's own: a new thread has none."""
+    _call("cuCtxSetCurrent", c_void_p(context))
+
+
 def register(address: int, nbytes: int, device: int, read_only: bool = True) -> int:
     """Makes host memory readable for the GPU, at the link's full speed; returns its address on the device.
 

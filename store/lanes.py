@@ -121,8 +121,10 @@ class CudaLanes:
         self._copy_stream = torch.cuda.Stream(slots.memory.device)  # kept: its handle dies with it
         self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
         self.clock = Clock(self._copy)
+        self._context = cuda.context()
 
     def fill(self, key: Key, slot: int) -> Mark:
+        cuda.use(self._context)  # the copy thread's first call may be this
         layer, expert = key
         begun = cuda.Event(self._copy)
         cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
@@ -130,5 +132,6 @@ class CudaLanes:
         return CudaMark(begun, cuda.Event(self._copy), self.clock)
 
     def withdraw(self, key: Key) -> None:
+        cuda.use(self._context)
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
         cuda.wait(self._copy, cuda.Event(self._compute))

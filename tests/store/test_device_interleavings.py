@@ -26,7 +26,7 @@ import torch
 from store.device_copies import DeviceCopyEngine
 from store.eviction import FIFO, LRU, LookAhead, Policy
 from store.layout import Key
-from store.schedule import WORTH_COPYING, Schedule
+from store.schedule import NEAR, WORTH_COPYING, Schedule
 from store.slots import Slots
 from tests.store.lane_model import Layer, LiveLanes, SimulatedLanes, SimulatedMark, make_arena, twin
 
@@ -354,9 +354,11 @@ class World:
 
     def can_come(self, position: int) -> bool:
         """Whether there is room for an expert that is wanted at a position: a slot that is free, or somebody who may go for it."""
-        full = self.is_full()
+        engine = self.engine
+        near = not engine._policy.looks_ahead or position <= min(engine._wanted) + NEAR
+        at_a_cost = near and not self.is_full()
         uses = {key: [use for use, wanted in self.future if wanted == key] for key in self.slots._ready}
-        return self.slots.has_free or any(not use or (min(use) > position and not full) for use in uses.values())
+        return self.slots.has_free or any(not use or (min(use) > position and at_a_cost) for use in uses.values())
 
     def check_choice(self, before: set[Key]) -> None:
         """After a copy has begun."""
