@@ -62,6 +62,10 @@ class Answer:
 class Device(Protocol):
     """A model that stands somewhere, and its experts."""
 
+    @property
+    def memory_peak_bytes(self) -> int | None:
+        """The most that torch has held on a GPU in this process; None: there is none."""
+
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
 

@@ -56,9 +56,10 @@ class Actors:
     def start(cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int) -> Actors:
         """Starts both; `ready` waits for them."""
         embedding = partial(load_embedding, arena.path, spec.model.embedding)
+        gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
-            start_actor(Executor, spec, concurrency_groups={"plan": 1, "execute": 2}),
+            start_actor(Executor, spec, concurrency_groups={"plan": 1, "execute": 2}, **gpus),
         )
 
     def ready(self) -> None:

@@ -44,6 +44,8 @@ class BatchStats:
     resident_peak_bytes: int
     predicted_uses: float
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
+    device_memory_peak_bytes: int | None = None
+    """On a GPU, the most that torch has held there so far."""
     accuracy: Accuracy = field(default_factory=Accuracy)
     load: list[list[int]] = field(default_factory=list)
     """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
@@ -123,6 +125,7 @@ class Executor:
             stall_ms=moved.stall_ns / 1e6,
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
+            device_memory_peak_bytes=self._device.memory_peak_bytes,
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
         if prediction is not None and answer.chosen:

@@ -23,6 +23,8 @@ from store.slots import Slots
 class OnCPU:
     """See `pipeline.device.Device`."""
 
+    memory_peak_bytes = None
+
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         self._task, self._top_k = spec.task, spec.model.shape.top_k
         cpu = torch.device("cpu")

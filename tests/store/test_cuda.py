@@ -349,12 +349,15 @@ def test_the_engines_thread_brings_what_is_planned(arena, policy):
 
 
 def test_many_threads_may_call_at_once(memory):
-    """As the copy thread and the one that computes do."""
+    """As the copy thread and the one that computes do. A new one has no context until it is given one."""
     broken: list[BaseException] = []
+    context = cuda.context()
+    assert context
 
     def work(stream: torch.cuda.Stream, target: torch.Tensor, seed: int) -> None:
         try:
-            torch.ones(1, device=DEVICE)  # makes the context current
+            cuda.use(context)
+            assert cuda.context() == context
             for turn in range(50):
                 offset = (turn * 7 + seed) * 4096
                 cuda.copy_to_device(target.data_ptr(), memory.data_ptr() + offset, target.numel(), stream.cuda_stream)

@@ -26,7 +26,7 @@ import torch
 from store.device_copies import DeviceCopyEngine
 from store.eviction import FIFO, LRU, LookAhead, Policy
 from store.layout import Key
-from store.schedule import NEAR, WORTH_COPYING, Schedule
+from store.schedule import FAR, NEAR, WORTH_COPYING, Schedule
 from store.slots import Slots
 from tests.store.lane_model import Layer, LiveLanes, SimulatedLanes, SimulatedMark, make_arena, twin
 
@@ -355,7 +355,7 @@ class World:
     def can_come(self, position: int) -> bool:
         """Whether there is room for an expert that is wanted at a position: a slot that is free, or somebody who may go for it."""
         engine = self.engine
-        near = not engine._policy.looks_ahead or position <= min(engine._wanted) + NEAR
+        near = not engine._policy.looks_ahead or position <= min(engine._wanted) + NEAR or len(engine._early) < FAR
         at_a_cost = near and not self.is_full()
         uses = {key: [use for use, wanted in self.future if wanted == key] for key in self.slots._ready}
         return self.slots.has_free or any(not use or (min(use) > position and at_a_cost) for use in uses.values())

@@ -216,7 +216,7 @@ def test_with_right_tables_a_policy_that_looks_ahead_moves_least_and_none_less_t
     trace = zipf(layers, experts, used, exponent)
     fewest = fewest_moves(trace, slots)
     moves = {policy: moves_of(policy, trace, experts, slots, lookahead=16) for policy in POLICIES}
-    assert fewest <= moves["lookahead"] < 1.3 * fewest  # this link is infinitely fast: whatever may come early does
+    assert fewest <= moves["lookahead"] < 1.4 * fewest  # this link is infinitely fast: whatever may come early does
     assert min(moves["lru"], moves["fifo"]) > 1.2 * moves["lookahead"]
 
 
