@@ -22,7 +22,7 @@ from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS
 from pipeline.executor import BatchResult, Executor
 from pipeline.models import load_embedding
-from pipeline.window import Window
+from pipeline.window import MAX_LOOKAHEAD, Window
 from predictor.actor import Predictor
 from predictor.registry import PredictorSpec
 from store.actor import ArenaInfo, ExpertStore
@@ -59,7 +59,7 @@ class Actors:
         gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
-            start_actor(Executor, spec, concurrency_groups={"plan": 1, "execute": 2}, **gpus),
+            start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 1, **gpus),
         )
 
     def ready(self) -> None:
@@ -82,8 +82,7 @@ class Actors:
     def submit(self, batch: Batch, routing: str) -> ray.ObjectRef:
         """Sends a batch on its way: predicted, planned, executed."""
         prediction = self.predictor.predict.remote(batch.tokens)
-        self.executor.plan.options(concurrency_group="plan").remote(batch.index, prediction, routing)
-        return self.executor.execute.options(concurrency_group="execute").remote(batch, prediction, routing)
+        return self.executor.execute.remote(batch, prediction, routing)
 
 
 def run_batches(

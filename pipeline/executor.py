@@ -1,26 +1,28 @@
 """The Executor actor: the backbone on its device, as many experts as the budget allows in slots, the rest a read away.
 
-`plan` hears of a batch several batches ahead, so that its experts are on their way; `execute` runs it. The first is a hint and may
-be lost; the second carries all that it needs and may be repeated, in any order, by a restarted Executor.
+Calls may wait in it, as many as the window is wide: each hands its table to the copy engine when it comes, and is computed when its
+turn has come. A call carries all that it needs and may be repeated, in any order, by a restarted Executor.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 
 from pipeline.data import Batch
-from pipeline.device import ExecutorSpec, make_device
+from pipeline.device import Answer, ExecutorSpec, make_device
 from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
+from predictor.hash_table import HashTable
 from predictor.traces import Trace
 from store.arena import Arena
+from store.movement import Movement
 
 
 @dataclass
@@ -70,18 +72,28 @@ class BatchResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What the compute thread hands back. Times are time.time_ns()."""
+
+    answer: Answer
+    moved: Movement
+    start: int
+    end: int
+
+
 class Executor:
-    """Run as a Ray actor; plain calls work too."""
+    """Run as a Ray actor; plain calls work too, from any number of threads."""
 
     def __init__(self, spec: ExecutorSpec):
-        torch.set_num_threads(spec.threads)
         self._spec = spec
         arena = Arena.attach(spec.arena)
         if arena is None:
             raise RuntimeError(f"{spec.arena}: the arena is gone; was it removed by hand?")
         self._arena = arena
-        self._device = make_device(spec, arena)
-        self._turn = threading.Lock()
+        # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
+        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
+        self._device = self._compute.submit(make_device, spec, arena).result()
 
     def ready(self) -> int:
         """The process id: answers once the model stands."""
@@ -91,28 +103,21 @@ class Executor:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
         self._device.plan(batch, prediction.table.uses_under(routing))
 
-    @torch.inference_mode()
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
-        """Runs one batch; one at a time, and a second call may wait: its arguments are unpacked while the first computes.
+        """Runs one batch, when those that were given before it are done; its experts are on their way meanwhile.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
         """
-        with self._turn:
-            return self._execute(batch, prediction, routing)
-
-    def _execute(self, batch: Batch, prediction: Prediction | None, routing: str) -> BatchResult:
-        start = time.time_ns()
+        assert routing == "exact" or prediction is not None
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
-        assert routing == "exact" or prediction is not None
         table = prediction.table if prediction is not None and routing == "hash" else None
-        answer = self._device.run(batch, table)
-        results = self._spec.task.results(batch, answer.outputs)
-        moved = self._device.take()
+        done = self._compute.submit(self._run, batch, table).result()
+        moved = done.moved
         stats = BatchStats(
-            start=start,
-            end=time.time_ns(),
+            start=done.start,
+            end=done.end,
             pid=os.getpid(),
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
@@ -128,25 +133,31 @@ class Executor:
             device_memory_peak_bytes=self._device.memory_peak_bytes,
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and answer.chosen:
-            truth = [chosen[:, 0] for chosen in answer.chosen]
+        if prediction is not None and done.answer.chosen:
+            truth = [chosen[:, 0] for chosen in done.answer.chosen]
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        return BatchResult(batch.index, results, stats)
+        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats)
 
-    @torch.inference_mode()
     def trace(self, batch: Batch, top_t: int) -> Trace:
         """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
-        with self._turn:
-            answer = self._device.run(batch, None, top_t)
-        return Trace(batch.tokens, tuple(answer.decisions))
+        done = self._compute.submit(self._run, batch, None, top_t).result()
+        return Trace(batch.tokens, tuple(done.answer.decisions))
 
     def close(self) -> None:
         """Stops copying and gives up the arena."""
-        self._device.close()
+        self._compute.submit(self._device.close).result()
+        self._compute.shutdown()
         self._arena.close()
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:
+        """In the compute thread: the forward, and nothing that could be done beside the next one."""
+        start = time.time_ns()
+        answer = self._device.run(batch, table, top_t)
+        return Computed(answer, self._device.take(), start, time.time_ns())
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

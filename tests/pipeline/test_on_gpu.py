@@ -421,14 +421,15 @@ def test_in_bfloat16_the_error_is_transformers_own(tmp_path, shm, paths):
 def test_nothing_is_read_that_was_not_written(case, paths):
     """Not slots alone: all that any kernel finds uninitialised is NaN, and so it is again in each replay of a graph."""
     case = case("large")
+    expected, tables = case.expected, case.tables("random")
     with poisoned(), case.executor(case.slots(37), "lru") as executor:
         torch.use_deterministic_algorithms(True, warn_only=True)  # until the end: making the executor has ended it
         for turn, whole in enumerate((None, True, False)):
             force(executor, whole)
             for i, batch in enumerate(case.batches):
-                result = executor.execute(replace(batch, index=turn * len(case.batches) + i), case.tables("random")[i])
+                result = executor.execute(replace(batch, index=turn * len(case.batches) + i), tables[i])
                 assert np.isfinite([row["scores"] for row in result.results]).all()
-                assert_equal_results(result.results, case.expected[i])
+                assert_equal_results(result.results, expected[i])
         assert executor._device.eager_because == {"first of its shape": 3}
     assert paths == ["eager"] * 3 + ["whole"] * 3 + ["pieces"] * 3
 
@@ -615,7 +616,8 @@ def test_device_memory_stays_within_backbone_budget_and_activations(tmp_path, sh
     assert executor._device._engine.slots.memory.numel() == prepared.budget_bytes
     warm = 0
     for turn in range(20):
-        force(executor, (None, True, False)[turn % 3])
+        if budget != "100%":  # there all is in slots soon, and there is one way
+            force(executor, (None, True, False)[turn % 3])
         for i, batch in enumerate(batches):
             result = executor.execute(replace(batch, index=turn * len(batches) + i), timed(predictor, batch.tokens))
             assert result.stats.resident_peak_bytes <= prepared.budget_bytes
