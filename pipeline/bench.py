@@ -28,9 +28,9 @@ from pipeline.machine import hardware
 from pipeline.metrics import versions
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
-from pipeline.systems import SYSTEMS, Bench, Combination, check_systems
+from pipeline.systems import SYSTEMS, Bench, check_systems
 from pipeline.timeline import timeline
-from pipeline.workload import Workload, mapped, record_workload
+from pipeline.workload import Combination, Workload, mapped, record_workload
 from store.actor import ArenaInfo, ExpertStore
 from store.slots import parse_budget
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.limit import fewest_moves
-from pipeline.systems import Combination
 from pipeline.whole import Pass
-from pipeline.workload import Workload
+from pipeline.workload import Combination, Workload
 
 
 @dataclass

@@ -18,7 +18,6 @@ from pipeline.models import ModelSpec
 from pipeline.tasks import Task
 from predictor.hash_table import HashTable
 from predictor.traces import LayerTrace
-from store.arena import Arena
 from store.movement import Movement
 
 
@@ -82,13 +81,3 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Stops copying."""
-
-
-def make_device(spec: ExecutorSpec, arena: Arena) -> Device:
-    if spec.device == "cpu":
-        from pipeline.on_cpu import OnCPU
-
-        return OnCPU(spec, arena)
-    from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
-
-    return OnGPU(spec, arena)

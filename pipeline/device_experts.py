@@ -1,9 +1,9 @@
 """The forward of a MoE layer on a GPU: no question to the CPU, so that it can be part of a CUDA graph.
 
-`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels
-(kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link. Between
-the router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end one
-graph and begin another.
+`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels (grouping.py,
+kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link. Between the
+router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end one graph and
+begin another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pipeline import kernels
+from pipeline import grouping, kernels
 from pipeline.experts import record
 from pipeline.families import Family
 from pipeline.kernels import ExpertShape
@@ -106,9 +106,9 @@ class DeviceMoE(nn.Module):
             if now.top_t is not None:
                 real = mask[:, 0].nonzero()[:, 0]
                 now.decisions.append(record(routing.logits[real], routing.chosen[real], weights[real], now.top_t))
-        groups = kernels.group(experts, self._shape)
+        groups = grouping.group(experts, self._shape)
         now.boundary(self._layer, groups.counts)
-        kernels.snapshot(groups, self._table, *self._slots, self._routed, self._hits)
+        grouping.snapshot(groups, self._table, *self._slots, self._routed, self._hits)
         output = kernels.run(tokens, weights, groups)
         now.done(self._layer)
         return output.reshape(hidden.shape)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pipeline.data import Batch
-from pipeline.device import Answer, ExecutorSpec, make_device
+from pipeline.device import Answer, Device, ExecutorSpec
+from pipeline.on_cpu import OnCPU
 from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
@@ -93,7 +94,7 @@ class Executor:
         self._arena = arena
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
-        self._device = self._compute.submit(make_device, spec, arena).result()
+        self._device = self._compute.submit(_make_device, spec, arena).result()
 
     def ready(self) -> int:
         """The process id: answers once the model stands."""
@@ -158,6 +159,14 @@ class Executor:
         start = time.time_ns()
         answer = self._device.run(batch, table, top_t)
         return Computed(answer, self._device.take(), start, time.time_ns())
+
+
+def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
+    if spec.device == "cpu":
+        return OnCPU(spec, arena)
+    from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
+
+    return OnGPU(spec, arena)
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from pipeline.device import Answer, ExecutorSpec
 from pipeline.device_experts import Counters, CurrentForward, DeviceForward, DeviceMoE
 from pipeline.families import Family
 from pipeline.graphs import MASKS, GraphedForward, Outputs
-from pipeline.kernels import tiles_for
+from pipeline.grouping import tiles_for
 from pipeline.models import build
 from pipeline.tasks import Inputs
 from predictor.hash_table import HashTable

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pipeline.cluster import cluster
 from pipeline.data import Batch
 from pipeline.driver import Actors, run_batches
-from pipeline.systems import Combination, numbers
-from pipeline.whole import Pass
-from pipeline.workload import Workload
+from pipeline.whole import Pass, numbers
+from pipeline.workload import Combination, Workload
 from predictor.registry import PredictorSpec
 
 

@@ -14,37 +14,17 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.errors import ConfigError
 from pipeline.executor import Executor
-from pipeline.whole import Pass, Transformers, whole_model
+from pipeline.whole import Pass, Transformers, numbers, whole_model
 from pipeline.window import Window
-from pipeline.workload import Workload, mapped
+from pipeline.workload import Combination, Workload, mapped
 from predictor.actor import Prediction
 from store import cuda
-from store.slots import parse_budget
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A system and what it is given.
-
-    Attributes:
-        budget: as written; None where a system knows none.
-        predictor: the name of the workload's tables.
-    """
-
-    system: str
-    budget: str | None
-    predictor: str | None = None
-
-    def slots(self, workload: Workload) -> int:
-        layout = workload.prepared.layout
-        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
 
 
 class Running(Protocol):
@@ -100,11 +80,6 @@ def _handed_over(prediction: Prediction) -> Prediction:
     """A recorded table, as if it had been made just now."""
     now = time.time_ns()
     return replace(prediction, start=now - (prediction.end - prediction.start), end=now)
-
-
-def numbers(results: list[dict]) -> np.ndarray:
-    """What can be compared in results: scores or log probabilities, (batch, ...)."""
-    return np.array([row.get("scores", row.get("logprob")) for row in results], dtype=np.float64)
 
 
 def _transformers(workload: Workload, given: Combination) -> Running:

@@ -35,6 +35,11 @@ class Pass:
     stats: list[BatchStats] = field(default_factory=list)
 
 
+def numbers(results: list[dict]) -> np.ndarray:
+    """What can be compared in results: scores or log probabilities, (batch, ...)."""
+    return np.array([row.get("scores", row.get("logprob")) for row in results], dtype=np.float64)
+
+
 def whole_model(
     spec: ModelSpec, layout: ArenaLayout, memory: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from predictor.traces import Trace
 from store.actor import ArenaInfo
 from store.arena import Arena
 from store.layout import Key
+from store.slots import parse_budget
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,24 @@ class Workload:
     def table(self, name: str, batch: Batch) -> Prediction:
         """A batch's table, whatever number it has in this round."""
         return self.tables[name][batch.index % len(self.batches)]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A system and what it is given.
+
+    Attributes:
+        budget: as written; None where a system knows none.
+        predictor: the name of the workload's tables.
+    """
+
+    system: str
+    budget: str | None
+    predictor: str | None = None
+
+    def slots(self, workload: Workload) -> int:
+        layout = workload.prepared.layout
+        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
 
 
 def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workload:

@@ -77,20 +77,22 @@ class PointerTable:
 class Clock:
     """Turns events into time.time_ns(), so that all lanes of a timeline agree."""
 
-    def __init__(self, stream: int):
-        self._stream = stream
-        self.set()
+    REACH_MS = 60_000.0
+    """CUDA tells the time between two events as a float of milliseconds, which is coarse for long ones."""
 
-    def set(self) -> None:
-        """Waits for the stream. To be repeated now and then: CUDA tells the time between two events as a float of milliseconds."""
-        event = cuda.Event(self._stream)
+    def __init__(self, stream: int):
+        event = cuda.Event(stream)
         event.synchronize()
         self._base = (event, time.time_ns())
 
     def ns(self, event: cuda.Event) -> int:
         """When an event that has been reached was reached."""
         base, at = self._base
-        return at + int(base.ms_until(event) * 1e6)
+        elapsed = base.ms_until(event)
+        now = at + int(elapsed * 1e6)
+        if elapsed > self.REACH_MS:
+            self._base = (event, now)
+        return now
 
 
 @dataclass(frozen=True)

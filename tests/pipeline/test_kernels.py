@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import kernels
+from pipeline import grouping, kernels
 from pipeline.expert_shape import ExpertShape
 from store.layout import ALIGNMENT, BlockLayout
 from tests.pipeline.interpreted import Interpreter
@@ -185,8 +185,8 @@ def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def layer(place: Place, case: Case, hidden, experts, weights) -> torch.Tensor:
     """All three calls, no slots."""
-    groups = kernels.group(experts, case.shape())
-    kernels.snapshot(groups, place.table, 0, 0, *counters(len(case.counts), hidden.device.type))
+    groups = grouping.group(experts, case.shape())
+    grouping.snapshot(groups, place.table, 0, 0, *counters(len(case.counts), hidden.device.type))
     return kernels.run(hidden, weights, groups)
 
 
@@ -283,14 +283,14 @@ def test_a_nan_is_neither_hidden_nor_spread(check):
 
 def pairs_are_sorted(device: str, case: Case) -> None:
     experts = case.experts(device)
-    groups = kernels.group(experts, case.shape())
+    groups = grouping.group(experts, case.shape())
     key = torch.where(experts < 0, len(case.counts), experts).flatten()
     torch.testing.assert_close(groups.order.cpu(), key.argsort(stable=True).int().cpu())
     counts = torch.tensor([*case.counts, case.nobody], dtype=torch.int32)
     torch.testing.assert_close(groups.counts.cpu(), counts)
     torch.testing.assert_close(groups.offsets.cpu(), (counts.cumsum(0) - counts).int())
 
-    kernels.snapshot(
+    grouping.snapshot(
         groups, torch.zeros(len(case.counts), dtype=torch.int64, device=device), 0, 0, *counters(len(counts) - 1, device)
     )
     tiles = -(-counts // groups.tiles.rows)
@@ -320,7 +320,7 @@ def test_pairs_are_sorted_by_expert_and_keep_their_order(check, case, index):
 def strangers_are_nobody(device: str) -> None:
     shape = Case(counts=(0,) * 4).shape()
     experts = torch.tensor([[3], [4], [-1], [0], [2**31 - 1], [-7], [2**40], [3]], device=device)
-    groups = kernels.group(experts, shape)
+    groups = grouping.group(experts, shape)
     assert groups.counts.tolist() == [1, 0, 0, 2, 5] and groups.order.tolist() == [3, 0, 7, 1, 2, 4, 5, 6]
 
 
@@ -340,9 +340,9 @@ def snapshot_decides(device: str, pinned: bool) -> None:
     hidden, experts, weights = case.inputs(device)
     routed, hits = counters(5, device)
 
-    groups = kernels.group(experts, case.shape())
+    groups = grouping.group(experts, case.shape())
     table[1], table[2], table[0] = host.table[1], slots.table[2], slots.table[0]  # while the caller waited for copies
-    kernels.snapshot(groups, table, slots.begin, slots.end, routed, hits)
+    grouping.snapshot(groups, table, slots.begin, slots.end, routed, hits)
     table[1], table[2], table[3] = slots.table[1], host.table[2], slots.table[3]  # too late
     output = kernels.run(hidden, weights, groups)
 
@@ -363,12 +363,12 @@ def test_experts_are_read_from_host_memory_in_place():
 
 def slots_have_bounds(device: str) -> None:
     case = Case(counts=(1, 1, 1, 1, 0), nobody=1)
-    groups = kernels.group(case.experts(device), case.shape())
+    groups = grouping.group(case.experts(device), case.shape())
     begin, end = 2**46, 2**46 + 4096
     table = torch.tensor([begin - 256, begin, end - 256, end, begin], device=device)
     for slots, wanted in (((begin, end), [0, 1, 1, 0, 0]), ((0, 0), [0] * 5)):
         routed, hits = counters(5, device)
-        kernels.snapshot(groups, table, *slots, routed, hits)
+        grouping.snapshot(groups, table, *slots, routed, hits)
         assert hits.tolist() == wanted and routed.tolist() == [1, 1, 1, 1, 0]
         assert torch.equal(groups.address, table)
 
@@ -387,8 +387,8 @@ def test_the_replay_of_a_graph_follows_the_table_and_the_router(top_k):
     hidden, experts, weights = case.inputs("cuda")
 
     def forward() -> torch.Tensor:
-        groups = kernels.group(experts, case.shape())
-        kernels.snapshot(groups, table, slots.begin, slots.end, routed, hits)
+        groups = grouping.group(experts, case.shape())
+        grouping.snapshot(groups, table, slots.begin, slots.end, routed, hits)
         return kernels.run(hidden, weights, groups)
 
     forward()  # compiles
