@@ -1,9 +1,9 @@
 """The forward of a MoE layer on a GPU: no question to the CPU, so that it can be part of a CUDA graph.
 
-`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels (grouping.py,
-kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link. Between the
-router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end one graph and
-begin another.
+`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels
+(grouping.py, kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link.
+Between the router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end
+one graph and begin another.
 """
 
 from __future__ import annotations
