@@ -35,8 +35,7 @@ from store.actor import ArenaInfo, ExpertStore
 from store.slots import parse_budget
 
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
-"""Not counted: slots are filled; on a GPU kernels are compiled and every shape's graphs recorded, one kind at its second sight, the
-other when it is needed."""
+"""Not counted: slots are filled; on a GPU kernels are compiled, and every shape's graphs recorded when it is seen again."""
 TIMELINE_BATCHES = 64
 """No more in a timeline than can be looked at."""
 

@@ -155,9 +155,9 @@ def _prediction(workload: Workload, name: str | None) -> dict[str, Any]:
 
 
 def _errors(workload: Workload, measured: Measured) -> np.ndarray:
-    """Per batch, the largest difference from the float32 reference, relative to the largest number in it (or to 1)."""
-    last = measured.passes[-1].outputs
-    return np.array([np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(last, workload.reference, strict=True)])
+    """Per round and batch, the largest difference from the float32 reference, relative to the largest number in it (or to 1)."""
+    pairs = [pair for done in measured.passes for pair in zip(done.outputs, workload.reference, strict=True)]
+    return np.array([np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in pairs])
 
 
 def _ratio(of: float | None, to: float | None) -> float | None:

@@ -94,7 +94,13 @@ class Executor:
         self._arena = arena
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
-        self._device = self._compute.submit(_make_device, spec, arena).result()
+        self._closed = False
+        try:
+            self._device = self._compute.submit(_make_device, spec, arena).result()
+        except BaseException:
+            self._compute.shutdown()
+            arena.close()
+            raise
 
     def ready(self) -> int:
         """The process id: answers once the model stands."""
@@ -148,10 +154,15 @@ class Executor:
         return Trace(batch.tokens, tuple(done.answer.decisions))
 
     def close(self) -> None:
-        """Stops copying and gives up the arena."""
-        self._compute.submit(self._device.close).result()
-        self._compute.shutdown()
-        self._arena.close()
+        """Stops copying and gives up the arena. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._compute.submit(self._device.close).result()
+        finally:
+            self._compute.shutdown()
+            self._arena.close()
 
     @torch.inference_mode()
     def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:

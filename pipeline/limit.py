@@ -57,17 +57,19 @@ def link_bytes_per_second(memory: torch.Tensor, nbytes: int, device: torch.devic
     torch.cuda.init()
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     cuda.register(memory.data_ptr(), memory.numel(), device.index or 0)
-    stream, count = torch.cuda.Stream(device), max(1, min(64, memory.numel() // nbytes))
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    best = spent = 0.0
-    while spent < seconds:
-        begin.record(stream)
-        for i in range(count):
-            cuda.copy_to_device(target.data_ptr(), memory.data_ptr() + i * nbytes, nbytes, stream.cuda_stream)
-        end.record(stream)
-        end.synchronize()
-        took = begin.elapsed_time(end) / 1e3
-        spent += took
-        best = max(best, count * nbytes / took)
-    cuda.unregister(memory.data_ptr())
+    try:
+        stream, count = torch.cuda.Stream(device), max(1, min(64, memory.numel() // nbytes))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        best = spent = 0.0
+        while spent < seconds:
+            begin.record(stream)
+            for i in range(count):
+                cuda.copy_to_device(target.data_ptr(), memory.data_ptr() + i * nbytes, nbytes, stream.cuda_stream)
+            end.record(stream)
+            end.synchronize()
+            took = begin.elapsed_time(end) / 1e3
+            spent += took
+            best = max(best, count * nbytes / took)
+    finally:
+        cuda.unregister(memory.data_ptr())
     return best

@@ -97,8 +97,10 @@ class OnGPU:
                 self._stream.synchronize()
             finally:
                 self._engine.finish(batch.index)
-        self._count(counters.numpy(), [host[name].numel() for name in MASKS if name in host])
-        streams = self._spec.model.shape.streams
+        streams, top_k = self._spec.model.shape.streams, self._spec.model.shape.top_k
+        tokens = [host[name].numel() for name in MASKS if name in host]
+        widths = [experts.shape[1] for experts, _ in tables] if tables is not None else [top_k] * len(streams)
+        self._count(counters.numpy(), [tokens[stream] * width for stream, width in zip(streams, widths, strict=True)])
         choices = [layer[real[stream]].numpy() for layer, stream in zip(chosen, streams, strict=False)]
         return Answer(results, choices, outputs.decisions)
 
@@ -126,7 +128,8 @@ class OnGPU:
         if graphed is None:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
-            graphed.record(whole=not self._spec.demand or self._engine.is_complete, pieces=not self._engine.is_complete)
+            complete = self._engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
+            graphed.record(whole=not self._spec.demand or complete, pieces=not complete)
         except RuntimeError as error:
             self._graphs[key] = None
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
@@ -187,15 +190,15 @@ class OnGPU:
 
         Args:
             counters: (2, MoE layers, experts), `Counters.both`.
-            pairs: padded tokens of each stream.
+            pairs: of each MoE layer, padding counted: what its tiles were chosen by. A hash table may have more than the routers.
         """
-        for layer, (stream, shape) in enumerate(zip(self._spec.model.shape.streams, self._shapes, strict=True)):
+        for layer, (count, shape) in enumerate(zip(pairs, self._shapes, strict=True)):
             routed, hits = counters[:, layer, : shape.experts]
-            rows = tiles_for(pairs[stream] * self._spec.model.shape.top_k, shape).rows
+            rows = tiles_for(count, shape).rows
             self._engine.counted(layer, routed, hits, -(-routed // rows))
 
 
 def padded(longest: int) -> int:
-    """To how many tokens a batch is padded: few shapes, so that graphs come again, and at most an eighth too many beyond 64."""
+    """To how many tokens a batch is padded: few shapes, so that graphs come again, and less than a quarter too many beyond 64."""
     step = 8 if longest <= 64 else 2 ** ((longest - 1).bit_length() - 3)
     return -(-longest // step) * step

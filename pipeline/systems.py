@@ -1,13 +1,14 @@
 """The systems that `bench` sets side by side, by name; each answers a list of batches and says how long it took.
 
-Baselines get their best setting: transformers' weights lie on the device whole; accelerate keeps as much there as `sida` needs at
-its peak and brings the rest from registered memory.
+Baselines get their best setting: transformers' weights lie on the device whole; accelerate keeps the
+backbone and a budget of experts there, as `sida` does, and brings the rest from registered memory.
 """
 
 from __future__ import annotations
 
 import difflib
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -105,11 +106,15 @@ class Accelerate(Transformers):
         layout, index = prepared.layout, device.index or 0
         with mapped(prepared) as arena:
             cuda.register(arena.memory.data_ptr(), arena.memory.numel(), index)  # as fast as pinned, and no second copy
-            model = whole_model(prepared.model, layout, arena.memory, torch.device("cpu"))
         self._registered = arena.memory
-        limits = {index: given.slots(workload) * layout.slot_bytes + layout.backbone_bytes, "cpu": 2 * layout.nbytes}
-        where = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["SwitchTransformersDenseActDense"])
-        super().__init__(dispatch_model(model, device_map=where, main_device=index), prepared.task, device)
+        try:
+            model = whole_model(prepared.model, layout, arena.memory, torch.device("cpu"))
+            limits = {index: given.slots(workload) * layout.slot_bytes + layout.backbone_bytes, "cpu": 2 * layout.nbytes}
+            where = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["SwitchTransformersDenseActDense"])
+            super().__init__(dispatch_model(model, device_map=where, main_device=index), prepared.task, device)
+        except BaseException:
+            cuda.unregister(arena.memory.data_ptr())
+            raise
 
     def close(self) -> None:
         super().close()
@@ -217,8 +222,10 @@ class Bench:
         done = self._system.run(batches)
         if self._cuda:
             risen = torch.cuda.max_memory_allocated() - before
-            self._own += max(0, self._allocated() - before)  # what it keeps: graphs
-            self.device_memory_peak_bytes = max(self.device_memory_peak_bytes or 0, self._own + risen)
+            own = self._own + risen
+            self._own += max(0, self._allocated() - before)  # what it keeps, e.g. what its graphs write
+            apart = [s.device_memory_peak_bytes or 0 for s in done.stats if s.pid != os.getpid()]  # an actor tells of its own
+            self.device_memory_peak_bytes = max([self.device_memory_peak_bytes or 0, own, *apart])
         return done
 
     def close(self) -> None:

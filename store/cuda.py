@@ -51,7 +51,11 @@ def register(address: int, nbytes: int, device: int, read_only: bool = True) -> 
         flags |= READ_ONLY
     _check("cuMemHostRegister_v2", _driver().cuMemHostRegister_v2(c_void_p(address), c_size_t(nbytes), flags))
     there = c_uint64()
-    _call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), c_void_p(address), 0)
+    try:
+        _call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), c_void_p(address), 0)
+    except CudaError:
+        unregister(address)
+        raise
     return there.value
 
 

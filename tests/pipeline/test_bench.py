@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from pipeline import systems
 from pipeline.bench import bench
 from pipeline.bench_output import BenchDir
 from pipeline.bench_report import COLUMNS, draw, markdown
-from pipeline.bench_rows import ray_over_in_process
+from pipeline.bench_rows import Measured, _errors, ray_over_in_process
 from pipeline.config import Config, load_config, parse
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.prepare import prepare
-from pipeline.systems import SYSTEMS, check_systems
+from pipeline.systems import SYSTEMS, Combination, check_systems
+from pipeline.whole import Pass
 from pipeline.workload import _recall
 from predictor.hash_function import HashFunction
 from predictor.hash_table import HashTable
@@ -108,6 +110,18 @@ def test_under_exact_routing_answers_are_those_of_the_whole_model(report):
     for row in report["rows"]:
         if row["system"] != "paper":
             assert row["median_error"] <= row["max_error"] < 1e-5
+
+
+def test_an_error_of_any_round_counts():
+    """The right answers are 1 and 4; the second round's second is wrong by 2."""
+    reference = [np.ones((1, 1)), np.full((1, 1), 4.0)]
+    rounds = [
+        Pass(1.0, reference, [1.0, 1.0]),
+        Pass(1.0, [reference[0], np.full((1, 1), 6.0)], [1.0, 1.0]),
+        Pass(1.0, reference, [1.0, 1.0]),
+    ]
+    found = _errors(SimpleNamespace(reference=reference), Measured(Combination("sida", "10%"), rounds))
+    assert found.tolist() == [0, 0, 0, 0.5, 0, 0]
 
 
 def test_recall_is_that_of_the_tables(report):

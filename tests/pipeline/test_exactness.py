@@ -98,7 +98,7 @@ def run_and_compare(config: Config, whole: torch.nn.Module, ahead: int = 3) -> l
 
 
 @pytest.mark.parametrize("kind", ["lstm", "token_table", "random"])
-@pytest.mark.parametrize("policy", ["fifo", "lru"])
+@pytest.mark.parametrize("policy", ["fifo", "lru", "lookahead"])
 @pytest.mark.parametrize("budget", ["0", "10%", "37%", "100%"])
 def test_equals_the_whole_model_for_every_budget_policy_and_predictor(tmp_path, model, budget, policy, kind):
     directory, whole = model
@@ -118,6 +118,11 @@ def test_equals_the_whole_model_for_every_budget_policy_and_predictor(tmp_path, 
 def test_equals_the_whole_model_for_unequal_lengths_in_any_batch_size(tmp_path, model, size, order):
     directory, whole = model
     run_and_compare(config(tmp_path, directory, batch={"size": size, "order": order, "max_tokens": 60}), whole)
+
+
+def test_an_executor_may_be_closed_twice(tmp_path, model):
+    with served(config(tmp_path, model[0])) as (_, executor, _):
+        executor.close()
 
 
 def test_tokens_over_an_experts_capacity_are_dropped_as_in_transformers(tmp_path, model):
