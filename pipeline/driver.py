@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
-from pipeline.errors import USER_ERRORS
+from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import BatchResult, Executor
 from pipeline.models import load_embedding
 from pipeline.window import MAX_LOOKAHEAD, Window
@@ -54,9 +54,15 @@ class Actors:
 
     @classmethod
     def start(cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int) -> Actors:
-        """Starts both; `ready` waits for them."""
+        """Starts both; `ready` waits for them.
+
+        Raises:
+            ConfigError: a GPU is wanted, and Ray has none.
+        """
         embedding = partial(load_embedding, arena.path, spec.model.embedding)
         gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
+        if gpus and not ray.cluster_resources().get("GPU"):
+            raise ConfigError("device: this Ray has no GPU to give; write `device: cpu`, or start it with `ray start --num-gpus 1`")
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
             start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 1, **gpus),

@@ -94,16 +94,16 @@ class Executor:
         self._arena = arena
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
+        self._starting = self._compute.submit(_make_device, spec, arena)
         self._closed = False
-        try:
-            self._device = self._compute.submit(_make_device, spec, arena).result()
-        except BaseException:
-            self._compute.shutdown()
-            arena.close()
-            raise
 
     def ready(self) -> int:
-        """The process id: answers once the model stands."""
+        """The process id: answers once the model stands.
+
+        Raises:
+            SpaceError: it cannot stand there. From here and not from the constructor, whose errors Ray would wrap in its own.
+        """
+        self._device  # noqa: B018 (waited for)
         return os.getpid()
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
@@ -111,7 +111,7 @@ class Executor:
         self._device.plan(batch, prediction.table.uses_under(routing))
 
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
-        """Runs one batch, when those that were given before it are done; its experts are on their way meanwhile.
+        """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
@@ -159,10 +159,15 @@ class Executor:
             return
         self._closed = True
         try:
-            self._compute.submit(self._device.close).result()
+            if self._starting.exception() is None:
+                self._compute.submit(self._device.close).result()
         finally:
             self._compute.shutdown()
             self._arena.close()
+
+    @property
+    def _device(self) -> Device:
+        return self._starting.result()
 
     @torch.inference_mode()
     def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:

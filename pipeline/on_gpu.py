@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,7 @@ from store import cuda
 from store.arena import Arena
 from store.cuda import CudaError
 from store.device_copies import DeviceCopyEngine
+from store.errors import SpaceError
 from store.eviction import POLICIES
 from store.lanes import CudaLanes, PointerTable
 from store.movement import Movement
@@ -43,9 +45,18 @@ class OnGPU:
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         """
         Raises:
-            RuntimeError: the arena cannot be registered.
+            SpaceError: the arena cannot be registered.
         """
         self._spec = spec
+        self._registered = ExitStack()
+        try:
+            self._build(arena)
+        except BaseException:
+            self._registered.close()
+            raise
+
+    def _build(self, arena: Arena) -> None:
+        spec = self._spec
         device = self._device = torch.device(spec.device)
         sys.setswitchinterval(SWITCH_S)
         torch.cuda.set_device(device)
@@ -53,11 +64,7 @@ class OnGPU:
         self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             slots = Slots(arena, spec.slots, device)
-            self._registered = arena.memory.data_ptr()
-            try:
-                host = cuda.register(self._registered, arena.memory.numel(), device.index or 0)
-            except CudaError as error:
-                raise RuntimeError(f"{arena.path}: CUDA cannot register it ({error}); write `device: cpu`") from None
+            host = self._register(arena, device)
             table = PointerTable(arena, host, device)
             self._counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
@@ -73,12 +80,22 @@ class OnGPU:
             self._model = build(spec.model, arena, moe, device)
         self._lanes = CudaLanes(arena, slots, table, self._stream)
         self._engine = DeviceCopyEngine(arena, slots, POLICIES[spec.policy](), self._lanes)
-        self._engine.start()
         self._graphs: dict[tuple, GraphedForward | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recording = torch.cuda.Stream(device)
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
+        self._engine.start()
+
+    def _register(self, arena: Arena, device: torch.device) -> int:
+        """The arena's address as the device sees it. Whatever fails later, or if nothing does `close`, gives it up."""
+        address = arena.memory.data_ptr()
+        try:
+            host = cuda.register(address, arena.memory.numel(), device.index or 0)
+        except CudaError as error:
+            raise SpaceError(f"{arena.path}: CUDA cannot register it ({error}); write `device: cpu`") from None
+        self._registered.callback(cuda.unregister, address)
+        return host
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch, uses)
@@ -114,7 +131,7 @@ class OnGPU:
     def close(self) -> None:
         self._engine.close()
         torch.cuda.synchronize()
-        cuda.unregister(self._registered)
+        self._registered.close()
 
     def _forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> Outputs:
         """Enqueues a forward: as a graph when its shape has been seen before."""
@@ -132,6 +149,7 @@ class OnGPU:
             graphed.record(whole=not self._spec.demand or complete, pieces=not complete)
         except RuntimeError as error:
             self._graphs[key] = None
+            self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
         graphed.load(host, tables)
         if graphed.whole is not None and self._engine.is_ready(batch):

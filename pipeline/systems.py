@@ -45,6 +45,7 @@ class InProcess:
         self._workload, self._predictor = workload, given.predictor
         self._routing = "hash" if given.system == "paper" else "exact"
         self._executor = Executor(self._spec)
+        self._executor.ready()
         self._window = Window(self._spec.slots, prepared.config.predictor.lookahead)
         self._planned: dict[int, Prediction] = {}
         self._next = self._to_plan = 0

@@ -22,6 +22,7 @@ from predictor.registry import save_lstm, save_token_table
 from predictor.token_table import TokenTable
 from predictor.traces import join
 from store.actor import ExpertStore
+from store.errors import SpaceError
 from tests.conftest import SENTENCES, answers, config_data, save_switch, write_tsv
 
 TEXTS = [*SENTENCES, *(" ".join(SENTENCES[i:]) for i in range(len(SENTENCES))), "x", "one two three " * 30, "fine, really"]
@@ -250,3 +251,19 @@ class TestHashRouting:
             assert not asked
             executor.execute(batch, prediction, "exact")
             assert asked
+
+
+def test_an_executor_that_cannot_stand_says_so_when_asked_and_gives_all_back(tmp_path, model, monkeypatch):
+    directory, _ = model
+    refusal = SpaceError("no room")
+
+    def refuse(spec, arena):
+        raise refusal
+
+    with served(config(tmp_path, directory)) as (prepared, _, _):
+        monkeypatch.setattr("pipeline.executor._make_device", refuse)
+        executor = Executor(prepared.executor_spec())
+        with pytest.raises(SpaceError, match="no room"):
+            executor.ready()
+        executor.close()
+        executor.close()
