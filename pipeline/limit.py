@@ -1,4 +1,4 @@
-"""What no system can beat: the fewest expert moves that a budget allows, and the time that the link needs for them.
+"""What no system with this link and these kernels can beat: the fewest expert moves that a budget allows, and the time they take.
 
 A cache with perfect foresight (Belady's MIN, with the choice not to keep an expert at all) still moves what does not fit; the
 link moves it no faster than it moves anything; and a model whose experts are all on the device has its own time. The larger of
