@@ -8,19 +8,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.read_config import apply, build
 from pipeline.recipes import RECIPES
 from predictor.registry import KINDS
 from predictor.training import TrainSettings
 from store.eviction import POLICIES
+
+
+def _budget(value: Any) -> Any:
+    """`budget: 0` is a number to YAML."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _labels(value: Any) -> Any:
+    """So are labels."""
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(item, bool) for item in [*value, *value.values()]):
+        raise ValueError("YAML reads yes, no, on and off as true or false; quote them")
+    return {str(key): str(word) for key, word in value.items()}
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    budget: str = "20%"
+    budget: str = field(default="20%", metadata={"read": _budget})
     """Bytes on the device for experts: a size such as 2GiB, a share of all expert bytes, or auto."""
     policy: str = "lru"
     directory: str = "/dev/shm"
@@ -120,7 +133,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     task: Literal["classify", "score"] = "classify"
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict, metadata={"read": _labels})
     """classify: label in the data -> the word that a text-to-text model writes for it."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -158,7 +171,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold keys such as `model:`, found {type(data).__name__}")
     for override in overrides:
-        _apply(data, override)
+        apply(data, override)
     config = parse(data, str(path))
     _check(config, str(path))
     return config
@@ -166,93 +179,9 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 def parse(data: dict[str, Any], source: str) -> Config:
     """A Config from plain data, types checked."""
-    config = _build(Config, data, source, "")
+    config = build(Config, data, source)
     assert isinstance(config, Config)
     return config
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r}: an override is written key.path=value, for example store.budget=10%")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
-            raise ConfigError(f"{override!r}: {parent} holds a value, not keys")
-    data[last] = value
-
-
-def _build(cls: type, data: Any, source: str, at: str) -> Any:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}: {at or 'the file'} must hold keys, found {data!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"{source}: unknown key {_join(at, key)!r}; {hint}")
-    values = {}
-    for name, f in fields.items():
-        if name in data:
-            values[name] = _convert(hints[name], data[name], source, _join(at, name))
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{source}: {_join(at, name)!r} is missing")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, source: str, at: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, source, at)
-    if at == "store.budget" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # bytes: `budget: 0` is a number to YAML
-    if at == "labels" and isinstance(value, dict):
-        if any(isinstance(item, bool) for item in [*value, *value.values()]):
-            raise ConfigError(f"{source}: 'labels' is {value!r}: YAML reads yes, no, on and off as true or false; quote them")
-        return {str(key): str(word) for key, word in value.items()}
-    if not _fits(hint, value):
-        raise ConfigError(f"{source}: {at!r} is {value!r}; it must be {_describe(hint)}")
-    return float(value) if hint is float else value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(arg, value) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(args[0], k) and _fits(args[1], v) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
-    if origin is Literal:
-        return "one of " + ", ".join(str(arg) for arg in args) if len(args) > 1 else repr(args[0])
-    if origin is list:
-        return f"a list of {_describe(args[0])}" if args[0] is str else "a list of whole numbers"
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null", dict: "keys"}
-    return names.get(origin or hint, str(hint))
-
-
-def _join(at: str, key: object) -> str:
-    return f"{at}.{key}" if at else str(key)
 
 
 def _check(config: Config, source: str) -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from pipeline import grouping, kernels
+from pipeline.expert_shape import ExpertShape
 from pipeline.experts import record
 from pipeline.families import Family
-from pipeline.kernels import ExpertShape
 from predictor.traces import LayerTrace
 from store.layout import LayerLayout
 

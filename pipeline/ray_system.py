@@ -20,7 +20,7 @@ class ThroughRay:
     def __init__(self, workload: Workload, given: Combination):
         prepared = workload.prepared
         self._config, self._slots, self._next = prepared.config, given.slots(workload), 0
-        spec = replace(prepared.executor_spec(), slots=self._slots, threads=1)
+        spec = replace(workload.executor_spec(given), threads=1)
         shape = prepared.model.shape
         oracle = PredictorSpec("oracle", workload.trace, shape.top_k, shape, workload.arena.identity)
         self._stack = ExitStack()

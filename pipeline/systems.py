@@ -19,6 +19,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data import Batch
+from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError
 from pipeline.executor import Executor
 from pipeline.whole import Pass, Transformers, numbers, whole_model
@@ -39,14 +40,11 @@ class Running(Protocol):
 class InProcess:
     """This project's Executor called directly, tables as far ahead as the window says: the driver's loop without actors."""
 
-    def __init__(self, workload: Workload, given: Combination, **changes: object):
-        prepared = workload.prepared
-        self._spec = replace(prepared.executor_spec(), slots=given.slots(workload), **changes)  # type: ignore[arg-type]
-        self._workload, self._predictor = workload, given.predictor
-        self._routing = "hash" if given.system == "paper" else "exact"
-        self._executor = Executor(self._spec)
+    def __init__(self, workload: Workload, given: Combination, spec: ExecutorSpec, routing: str = "exact"):
+        self._workload, self._predictor, self._routing = workload, given.predictor, routing
+        self._executor = Executor(spec)
         self._executor.ready()
-        self._window = Window(self._spec.slots, prepared.config.predictor.lookahead)
+        self._window = Window(spec.slots, workload.prepared.config.predictor.lookahead)
         self._planned: dict[int, Prediction] = {}
         self._next = self._to_plan = 0
 
@@ -168,11 +166,11 @@ SYSTEMS: dict[str, Kind] = {
     "transformers": Kind(_transformers, has_budget=False),
     "cpu": Kind(_cpu, has_budget=False),
     "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
-    "resident": Kind(InProcess, has_budget=False, predictors=_oracle),
-    "sida": Kind(lambda w, g: InProcess(w, g, policy="lookahead"), predictors=_all),
-    "on-demand": Kind(lambda w, g: InProcess(w, g, policy="lru", demand=True), needs_gpu=True),
-    "paper": Kind(lambda w, g: InProcess(w, g, policy="fifo"), predictors=_lstm),
-    "in_process": Kind(lambda w, g: InProcess(w, g, threads=1), predictors=_oracle),
+    "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
+    "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
+    "on-demand": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lru", demand=True)), needs_gpu=True),
+    "paper": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="fifo"), "hash"), predictors=_lstm),
+    "in_process": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), threads=1)), predictors=_oracle),
     "ray": Kind(_ray, predictors=_oracle),
 }
 """By their names in `bench.systems`."""

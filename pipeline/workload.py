@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.data import Batch
+from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
 from pipeline.models import load_embedding
 from pipeline.prepare import Prepared
@@ -27,6 +28,24 @@ from store.actor import ArenaInfo
 from store.arena import Arena
 from store.layout import Key
 from store.slots import parse_budget
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A system and what it is given.
+
+    Attributes:
+        budget: as written; None where a system knows none.
+        predictor: the name of the workload's tables.
+    """
+
+    system: str
+    budget: str | None
+    predictor: str | None = None
+
+    def slots(self, workload: Workload) -> int:
+        layout = workload.prepared.layout
+        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
 
 
 @dataclass(frozen=True)
@@ -61,27 +80,13 @@ class Workload:
     def experts_used_per_layer(self) -> float:
         return sum(map(len, self.uses)) / len(self.uses)
 
+    def executor_spec(self, given: Combination) -> ExecutorSpec:
+        """The Executor of a run, with the slots that a combination has."""
+        return replace(self.prepared.executor_spec(), slots=given.slots(self))
+
     def table(self, name: str, batch: Batch) -> Prediction:
         """A batch's table, whatever number it has in this round."""
         return self.tables[name][batch.index % len(self.batches)]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A system and what it is given.
-
-    Attributes:
-        budget: as written; None where a system knows none.
-        predictor: the name of the workload's tables.
-    """
-
-    system: str
-    budget: str | None
-    predictor: str | None = None
-
-    def slots(self, workload: Workload) -> int:
-        layout = workload.prepared.layout
-        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
 
 
 def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workload:
