@@ -53,7 +53,7 @@ def bench(config: Config) -> dict[str, Any]:
         config = replace(config, bench=replace(config.bench, systems=[name for name in config.bench.systems if name != "cpu"]))
     first = prepare(config)
     for budget in config.bench.budgets:
-        parse_budget(budget, first.layout.expert_bytes, first.layout.slot_bytes, first.layout.nbytes)
+        parse_budget(budget, first.layout.expert_bytes, first.layout.slot_bytes, first.layout.nbytes, "bench.budgets")
     if config.predictor.path is not None:
         check_predictor(first)
     threads = torch.get_num_threads()

@@ -15,12 +15,13 @@ from store.errors import SpaceError
 from store.layout import Key
 
 
-def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> int:
+def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int, key: str = "store.budget") -> int:
     """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots.
 
     Args:
         expert_bytes: bytes of all experts: what a percentage is of, and the most that is ever taken.
         free: bytes free on the device for experts; `auto` takes nine tenths of them.
+        key: of the config, for messages.
 
     Raises:
         SpaceError: not a budget, negative, over 100%, or more than is free.
@@ -34,7 +35,7 @@ def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> 
         elif text.endswith("%"):
             share = float(text[:-1])
             if not 0 <= share <= 100:
-                raise SpaceError(f"store.budget: {budget!r} is not between 0% and 100%")
+                raise SpaceError(f"{key}: {budget!r} is not between 0% and 100%")
             nbytes = round(expert_bytes * share / 100)
         else:
             unit = next((u for u in units if text.endswith(u)), "")
@@ -42,11 +43,11 @@ def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int) -> 
     except (ValueError, OverflowError) as error:
         if isinstance(error, SpaceError):
             raise
-        raise SpaceError(f"store.budget: {budget!r} is not a budget; {hint}") from None
+        raise SpaceError(f"{key}: {budget!r} is not a budget; {hint}") from None
     if nbytes < 0:
-        raise SpaceError(f"store.budget: {budget!r} is negative; {hint}")
+        raise SpaceError(f"{key}: {budget!r} is negative; {hint}")
     if nbytes > free:
-        raise SpaceError(f"store.budget: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short")
+        raise SpaceError(f"{key}: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short")
     return min(nbytes, expert_bytes) // slot_bytes
 
 
