@@ -281,7 +281,7 @@ def test_the_papers_system_is_refused_without_its_predictor(root):
 
 @pytest.mark.parametrize("budget", ["20 percent", "120%", "-1"])
 def test_a_budget_that_is_none_is_refused_before_anything_is_placed(root, budget):
-    assert "store.budget" in refused(config(root, budgets=["10%", budget]))
+    assert "bench.budgets" in refused(config(root, budgets=["10%", budget]))
 
 
 def test_a_directory_that_is_not_a_benchs_is_refused(root, tmp_path):
