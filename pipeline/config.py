@@ -85,12 +85,25 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class StandInConfig:
+    kind: Literal["none", "svd", "2bit", "4bit"] = "4bit"
+    budget: str = field(default="25%", metadata={"read": _budget})
+    """Bytes for all of them: a size, or a share of all expert bytes; svd takes the largest rank that fits."""
+
+
+@dataclass(frozen=True)
 class PredictorConfig:
     kind: str = "lstm"
     path: str | None = None
-    """The file that `train` wrote."""
+    """The file that `train` wrote; a rehearsal does without."""
     top_k: int = 3
-    """Experts per token and MoE layer in the hash tables."""
+    """Experts per token and MoE layer in the hash tables; with `mass` at most so many."""
+    mass: float | None = None
+    """Instead of `top_k` experts as many as come to this share of a token's probability, 0..1."""
+    stand_ins: StandInConfig = field(default_factory=StandInConfig)
+    """Of a rehearsal without `path`."""
+    device: Literal["auto", "cpu", "cuda", "executor"] = "auto"
+    """cpu, or cuda for a GPU of its own: in the Predictor actor; executor: in the Executor's process, on its device."""
     lookahead: int | Literal["auto"] = "auto"
     """Batches predicted ahead; auto: until they name 10 x slots expert uses, at most 64."""
 
@@ -230,6 +243,8 @@ def _check(config: Config, source: str) -> None:
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
+    mass = config.predictor.mass
+    require(mass is None or 0 < mass <= 1, f"'predictor.mass' is {mass}; it must be more than 0 and at most 1")
     recall = config.bench.recall
     require(recall is None or 0 <= recall <= 1, f"'bench.recall' is {recall}; it must be between 0 and 1")
     require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")

@@ -53,17 +53,24 @@ class Batch:
     def pad(
         self, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A stream's ids padded on the right with `value`, and its attention mask: int64 (batch, padded(longest)) both.
+        """See the function `pad`."""
+        return pad(self.tokens, stream, value, padded)
 
-        On the right whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
-        """
-        rows = self.tokens.streams[stream]
-        ids = torch.full((len(rows), padded(max(map(len, rows)))), value, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.from_numpy(row)
-            mask[i, : len(row)] = 1
-        return ids, mask
+
+def pad(
+    tokens: TokenBatch, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stream's ids padded on the right with `value`, and its attention mask: int64 (batch, padded(longest)) both.
+
+    On the right whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
+    """
+    rows = tokens.streams[stream]
+    ids = torch.full((len(rows), padded(max(map(len, rows)))), value, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
 
 
 def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:

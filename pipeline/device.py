@@ -17,6 +17,7 @@ from pipeline.data import Batch
 from pipeline.models import ModelSpec
 from pipeline.tasks import Task
 from predictor.hash_table import HashTable
+from predictor.registry import PredictorSpec
 from predictor.traces import LayerTrace
 from store.movement import Movement
 
@@ -29,6 +30,7 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
+        predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
     """
 
@@ -41,6 +43,7 @@ class ExecutorSpec:
     threads: int
     background: bool = True
     demand: bool = False
+    predictor: PredictorSpec | None = None
 
 
 @dataclass(frozen=True)

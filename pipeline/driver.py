@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import BatchResult, Executor
-from pipeline.models import load_embedding
+from pipeline.rehearsal import ArenaModel
 from pipeline.window import MAX_LOOKAHEAD, Window
 from predictor.actor import Predictor
 from predictor.registry import PredictorSpec
@@ -47,24 +46,33 @@ def start_store(path: Path, source: Source, placement: Placement) -> Any:
 
 @dataclass(frozen=True)
 class Actors:
-    """The Predictor and the Executor of a run."""
+    """The Predictor and the Executor of a run.
+
+    Attributes:
+        predictor: None: the Executor has the predictor in its own process.
+    """
 
     predictor: Any
     executor: Any
 
     @classmethod
-    def start(cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int) -> Actors:
+    def start(cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int, here: bool = False) -> Actors:
         """Starts both; `ready` waits for them.
+
+        Args:
+            here: the predictor runs in the Executor's process, on its device.
 
         Raises:
             ConfigError: a GPU is wanted, and Ray has none.
         """
-        embedding = partial(load_embedding, arena.path, spec.model.embedding)
         gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
+        own = {} if predictor.device == "cpu" else {"num_gpus": 1}
         if gpus and not ray.cluster_resources().get("GPU"):
             raise ConfigError("device: this Ray has no GPU to give; write `device: cpu`, or start it with `ray start --num-gpus 1`")
+        if here:
+            return cls(None, start_actor(Executor, replace(spec, predictor=predictor), max_concurrency=MAX_LOOKAHEAD + 1, **gpus))
         return cls(
-            start_actor(Predictor, predictor, embedding, threads),
+            start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own),
             start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 1, **gpus),
         )
 
@@ -74,7 +82,7 @@ class Actors:
         Raises:
             PredictorError: the predictor's file cannot be used.
         """
-        result([self.predictor.ready.remote(), self.executor.ready.remote()])
+        result([actor.ready.remote() for actor in self._both])
 
     def finish(self) -> None:
         """All is done: the Executor gives up the arena."""
@@ -82,12 +90,16 @@ class Actors:
 
     def stop(self) -> None:
         """Ends both, whatever they are doing; their locks on the arena go with their processes, shortly after."""
-        for actor in (self.executor, self.predictor):
+        for actor in self._both:
             ray.kill(actor)
+
+    @property
+    def _both(self) -> list[Any]:
+        return [actor for actor in (self.executor, self.predictor) if actor is not None]
 
     def submit(self, batch: Batch, routing: str) -> ray.ObjectRef:
         """Sends a batch on its way: predicted, planned, executed."""
-        prediction = self.predictor.predict.remote(batch.tokens)
+        prediction = self.predictor.predict.remote(batch.tokens) if self.predictor is not None else None
         return self.executor.execute.remote(batch, prediction, routing)
 
 

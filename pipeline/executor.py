@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -17,10 +17,13 @@ import torch
 from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec
 from pipeline.on_cpu import OnCPU
+from pipeline.rehearsal import ArenaModel
 from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
-from predictor.actor import Prediction
+from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
+from predictor.registry import HashPredictor, make
+from predictor.tokens import TokenBatch
 from predictor.traces import Trace
 from store.arena import Arena
 from store.movement import Movement
@@ -95,6 +98,11 @@ class Executor:
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
         self._starting = self._compute.submit(_make_device, spec, arena)
+        # Nor does the predictor, if it is here, wait for the model's turn: another thread, on a GPU another stream.
+        self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
+        self._predicting: Future[HashPredictor] | None = None
+        if self._ahead is not None:
+            self._predicting = self._ahead.submit(self._make_predictor)
         self._closed = False
 
     def ready(self) -> int:
@@ -102,8 +110,11 @@ class Executor:
 
         Raises:
             SpaceError: it cannot stand there. From here and not from the constructor, whose errors Ray would wrap in its own.
+            PredictorError: the predictor that is to be here has no file that can be used.
         """
         self._device  # noqa: B018 (waited for)
+        if self._predicting is not None:
+            self._predicting.result()
         return os.getpid()
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
@@ -115,11 +126,14 @@ class Executor:
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
+                Where the predictor is in this process, it is made here.
         """
+        if prediction is None and self._ahead is not None:
+            prediction = self._ahead.submit(self._predict, batch.tokens).result()
         assert routing == "exact" or prediction is not None
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
-        table = prediction.table if prediction is not None and routing == "hash" else None
+        table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
         done = self._compute.submit(self._run, batch, table).result()
         moved = done.moved
         stats = BatchStats(
@@ -159,6 +173,8 @@ class Executor:
             return
         self._closed = True
         try:
+            if self._ahead is not None:
+                self._ahead.shutdown()
             if self._starting.exception() is None:
                 self._compute.submit(self._device.close).result()
         finally:
@@ -168,6 +184,17 @@ class Executor:
     @property
     def _device(self) -> Device:
         return self._starting.result()
+
+    def _make_predictor(self) -> HashPredictor:
+        """In the predictor's thread. On a GPU it reads the weights that the device has there."""
+        assert self._spec.predictor is not None
+        self._device  # noqa: B018 (waited for, so that the backbone is brought there once)
+        return make(self._spec.predictor, ArenaModel(self._spec.model, self._spec.arena, self._arena))
+
+    def _predict(self, tokens: TokenBatch) -> Prediction:
+        """In the predictor's thread."""
+        assert self._predicting is not None
+        return timed(self._predicting.result(), tokens)
 
     @torch.inference_mode()
     def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:

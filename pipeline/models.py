@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -34,6 +35,8 @@ from store.weights import Source, Weights
 
 MakeMoE = Callable[[Family, nn.Module, int, int], nn.Module]
 """From a family, a MoE layer's own router, the layer's number and its stream: the module that stands in the layer's place."""
+_BACKBONES: WeakKeyDictionary[Arena, dict[torch.device, dict[str, torch.Tensor]]] = WeakKeyDictionary()
+"""By where they are: those that `build` has brought to a device."""
 OWN_ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
     "SwitchTransformersForSequenceClassification": SwitchTransformersForSequenceClassification
 }
@@ -123,11 +126,15 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weig
 def build(spec: ModelSpec, arena: Arena, moe: MakeMoE, device: torch.device) -> PreTrainedModel:
     """The model in eval mode, `moe`'s modules in the place of its MoE layers, its backbone on `device`.
 
-    On a CPU the backbone's tensors are the arena's own pages: no second copy, and never to be written.
+    On a CPU the backbone's tensors are the arena's own pages: no second copy, and never to be written. On a device all models that
+    are built of one `Arena` share one copy.
     """
     model = on_meta(spec.pretrained_config(), spec.architecture, str(spec.source))
     _without_experts(model, moe)
-    assign(model, {name: tensor.to(device) for name, tensor in arena.backbone().items()})
+    there = _BACKBONES.setdefault(arena, {})
+    if device not in there:
+        there[device] = {name: tensor.to(device) for name, tensor in arena.backbone().items()}
+    assign(model, there[device])
     return model
 
 

@@ -13,19 +13,22 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline import stand_ins
 from pipeline.config import Config
 from pipeline.data import Batch, Row, make_batches, read_rows
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError, ModelError
 from pipeline.machine import cores, free_device_memory
 from pipeline.models import ModelSpec, describe
+from pipeline.rehearsal import ArenaModel
 from pipeline.tasks import Task, make_task
-from predictor.registry import PredictorSpec, make
-from store.arena import available_memory, free_bytes
+from predictor.registry import HashPredictor, PredictorSpec, check, make
+from predictor.stand_ins import Plan
+from store.arena import Arena, available_memory, free_bytes
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.load import routers_identity
-from store.slots import parse_budget
+from store.slots import parse_budget, parse_bytes
 from store.weights import Weights
 
 ACTIVATION_BYTES = 2**30
@@ -54,6 +57,12 @@ class Prepared:
     device: str
     """As torch writes it: "cpu" or "cuda:0"."""
     slots: int
+    predictor_device: str
+    """As torch writes it; "executor": in the Executor's process."""
+    stand_ins: Plan | None
+    """What a rehearsal's stand-ins will be, if they are yet to be made."""
+    stand_in_bytes: int
+    """Those of a rehearsal, wherever they lie."""
     identity: str
 
     @property
@@ -67,14 +76,18 @@ class Prepared:
         store = self.config.store
         return ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, self.device, threads, background)
 
-    def predictor_spec(self, identity: str) -> PredictorSpec:
+    def predictor_spec(self, identity: str, made: Path | None = None) -> PredictorSpec:
         """
         Args:
             identity: of the model's routers, which the arena knows.
+            made: the stand-ins that were made for a rehearsal.
         """
         config = self.config.predictor
-        path = Path(config.path).resolve() if config.path else None
-        return PredictorSpec(config.kind, path, config.top_k, self.model.shape, identity, self.config.seed)
+        path = Path(config.path).resolve() if config.path else made
+        device = self.device if self.predictor_device == "executor" else self.predictor_device
+        return PredictorSpec(
+            config.kind, path, config.top_k, self.model.shape, identity, self.config.seed, config.mass, self.slots, device
+        )
 
 
 def prepare(config: Config) -> Prepared:
@@ -101,7 +114,11 @@ def prepare(config: Config) -> Prepared:
         free = available_memory() - in_memory
     else:
         free = (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES
+    predictor_device = choose_predictor_device(config, device)
+    plan, stand_in_bytes = _stand_ins(config, layout)
     slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, free))
+    if predictor_device == "executor":  # all that stands for experts on the Executor's device counts
+        slots = slots_beside(stand_in_bytes, config.store.budget, layout, max(0, free))
     tokenizer = _tokenizer(model.tokenizer)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
@@ -120,7 +137,75 @@ def prepare(config: Config) -> Prepared:
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")
-    return Prepared(config, rows, batches, truncated, model, weights, layout, arena, task, device, slots, digest.hexdigest()[:16])
+    identity = digest.hexdigest()[:16]
+    return Prepared(
+        config,
+        rows,
+        batches,
+        truncated,
+        model,
+        weights,
+        layout,
+        arena,
+        task,
+        device,
+        slots,
+        predictor_device,
+        plan,
+        stand_in_bytes,
+        identity,
+    )
+
+
+def choose_predictor_device(config: Config, device: str) -> str:
+    """Where the predictor computes: "cpu" or "cuda:0" in the Predictor actor, or "executor".
+
+    `auto` is the Predictor actor: on a GPU of its own for a rehearsal, where torch sees two, else on the CPU. A rehearsal that has
+    but one GPU, the Executor's, runs in its process: two processes on one GPU take turns, and would hold the backbone twice.
+
+    Args:
+        device: the Executor's.
+
+    Raises:
+        ConfigError: a GPU of its own is wanted, and there is none.
+    """
+    wanted, gpus = config.predictor.device, torch.cuda.device_count() if device != "cpu" else 0
+    if wanted == "cuda" and gpus < 2:
+        raise ConfigError(
+            f"predictor.device: cuda is a GPU beside the Executor's, and torch finds {gpus}; "
+            "write `executor` to share one with it, or `cpu`"
+        )
+    if wanted == "auto" and config.predictor.kind == "rehearsal" and gpus:
+        wanted = "cuda" if gpus > 1 else "executor"
+    if wanted == "executor":
+        return "executor"
+    return "cuda:0" if wanted == "cuda" else "cpu"  # Ray shows an actor its own GPU as the first
+
+
+def _stand_ins(config: Config, layout: ArenaLayout) -> tuple[Plan | None, int]:
+    """What is to be made for a rehearsal, if anything, and the bytes of what it will hold."""
+    if config.predictor.kind != "rehearsal":
+        return None, 0
+    if config.predictor.path is None:
+        plan = stand_ins.plan(config.predictor.stand_ins, layout)
+        return plan, plan.nbytes
+    path = Path(config.predictor.path)
+    return None, path.stat().st_size if path.is_file() else 0  # that it is not, check_predictor says
+
+
+def slots_beside(nbytes: int, budget: str, layout: ArenaLayout, free: int) -> int:
+    """The slots that a budget buys beside a predictor's stand-ins.
+
+    Raises:
+        SpaceError: they alone are more than the budget.
+    """
+    whole = parse_bytes(budget, layout.expert_bytes, free, "store.budget")
+    if nbytes > whole:
+        raise SpaceError(
+            f"store.budget: {budget!r} is {whole} bytes, the predictor's stand-ins on the same device take {nbytes}: "
+            f"{nbytes - whole} bytes short; raise it, or lower predictor.stand_ins.budget"
+        )
+    return (whole - nbytes) // layout.slot_bytes
 
 
 def choose_device(wanted: str) -> str:
@@ -141,7 +226,26 @@ def check_predictor(prepared: Prepared) -> None:
     Raises:
         PredictorError: the predictor's file is missing, damaged, or made for another model.
     """
-    make(prepared.predictor_spec(routers_identity(prepared.weights, prepared.model.placement)), lambda: torch.empty(0))
+    if prepared.stand_ins is None:
+        check(prepared.predictor_spec(routers_identity(prepared.weights, prepared.model.placement)))
+
+
+def made_stand_ins(prepared: Prepared) -> Path | None:
+    """The file of a rehearsal's stand-ins, made of the arena's experts if need be; None: the config names one, or needs none."""
+    if prepared.stand_ins is None:
+        return None
+    arena = Arena.attach(prepared.arena)
+    assert arena is not None, "the store keeps it"
+    try:
+        return stand_ins.cached(prepared.stand_ins, arena)
+    finally:
+        arena.close()
+
+
+def own_predictor(prepared: Prepared, identity: str) -> HashPredictor:
+    """The config's predictor in this process, on the arena of a store that is open."""
+    model = ArenaModel(prepared.model, prepared.arena)
+    return make(prepared.predictor_spec(identity, made_stand_ins(prepared)), model)
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from pipeline.data import Batch
 from pipeline.driver import Actors, open_store, run_batches, start_store
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
-from pipeline.prepare import Prepared, check_predictor, prepare
+from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.report import report
 from pipeline.timeline import timeline
@@ -43,7 +43,9 @@ def run(config: Config) -> dict[str, Any]:
             actors = None
             try:
                 arena = _open(store, prepared)
-                actors = Actors.start(prepared.executor_spec(), prepared.predictor_spec(arena.identity), arena, threads=1)
+                predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
+                here = prepared.predictor_device == "executor"
+                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here)
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)

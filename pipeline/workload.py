@@ -14,15 +14,14 @@ import torch
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
-from pipeline.models import load_embedding
-from pipeline.prepare import Prepared
+from pipeline.prepare import Prepared, own_predictor
 from pipeline.progress import bar
 from pipeline.whole import Transformers, whole_model
 from predictor import traces
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle, Worsened
 from predictor.hash_table import HashTable
-from predictor.registry import HashPredictor, make
+from predictor.registry import HashPredictor
 from predictor.traces import Trace
 from store.actor import ArenaInfo
 from store.arena import Arena
@@ -100,10 +99,8 @@ def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workl
     makers: dict[str, HashPredictor] = {"oracle": oracle}
     if config.bench.recall is not None:
         makers[f"oracle worsened to {config.bench.recall:g}"] = Worsened(oracle, shape, config.bench.recall, config.seed)
-    if config.predictor.path is not None:
-        makers[config.predictor.kind] = make(
-            prepared.predictor_spec(arena.identity), lambda: load_embedding(prepared.arena, prepared.model.embedding)
-        )
+    if config.predictor.path is not None or prepared.stand_ins is not None:
+        makers[config.predictor.kind] = own_predictor(prepared, arena.identity)
     tables = {name: [timed(maker, batch.tokens) for batch in prepared.batches] for name, maker in makers.items()}
     uses = [_uses(trace, shape.top_k) for trace in recorded]
     recall = {name: _recall([t.table for t in made], uses) for name, made in tables.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from predictor.hash_table import HashTable
-from predictor.registry import HashPredictor, PredictorSpec, make
+from predictor.registry import HashPredictor, Model, PredictorSpec, make
 from predictor.tokens import TokenBatch
 
 
@@ -26,18 +25,18 @@ class Prediction:
 class Predictor:
     """Run as a Ray actor; plain calls work too."""
 
-    def __init__(self, spec: PredictorSpec, embedding: Callable[[], torch.Tensor], threads: int = 1):
+    def __init__(self, spec: PredictorSpec, model: Model, threads: int = 1):
         """
         Args:
-            embedding: gives the model's input embeddings. A function and not a tensor: weights do not travel through Ray.
+            model: says where its weights are; they do not travel through Ray.
             threads: for torch; Ray leaves an actor one.
         """
         torch.set_num_threads(threads)
-        self._spec, self._embedding = spec, embedding
+        self._spec, self._model = spec, model
 
     @cached_property
     def _predictor(self) -> HashPredictor:
-        return make(self._spec, self._embedding)
+        return make(self._spec, self._model)
 
     def ready(self) -> None:
         """Makes the predictor, here and not in the constructor, whose errors Ray would wrap in its own.

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding as look_up
 
-from predictor.hash_table import HashTable, from_probabilities
+from predictor.calibration import Calibration, inclusion
+from predictor.hash_table import HashTable, Width, from_probabilities
 from predictor.tokens import ENCODER, RoutingShape, TokenBatch
 
 PADDING = -1
@@ -93,23 +94,37 @@ def pack(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 class LSTMPredictor:
     """Runs a trained HashFunction over batches."""
 
-    def __init__(self, network: HashFunction, shape: RoutingShape, embedding: torch.Tensor, top_k: int):
+    def __init__(
+        self,
+        network: HashFunction,
+        shape: RoutingShape,
+        embedding: torch.Tensor,
+        width: Width,
+        calibration: Calibration | None = None,
+        device: str = "cpu",
+    ):
         """
         Args:
             embedding: the model's input embeddings, (vocab_size, embedding_dim), any floating dtype.
-            top_k: experts per token and MoE layer in the tables.
+            device: where the network runs, as torch writes it.
         """
-        self.network = network.eval()
-        self.shape, self.top_k = shape, top_k
-        self._embedding = embedding
+        self.network = network.eval().to(device)
+        self.shape, self.width, self._device = shape, width, device
+        self._embedding = embedding.to(device)
+        self._temperatures = calibration.temperatures if calibration is not None else (1.0,) * shape.layers
 
     @torch.inference_mode()
-    def predict(self, tokens: TokenBatch) -> HashTable:
-        ids, streams, visible = pack(tokens)
+    def scores(self, tokens: TokenBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Expert logits per MoE layer, float32 (tokens, experts), and scaling factors, float32 (tokens,)."""
+        ids, streams, visible = (tensor.to(self._device) for tensor in pack(tokens))
         logits, scale = self.network(look_up(ids, self._embedding).float(), visible)
-        probabilities, scales = [], []
-        for layer, stream in enumerate(self.shape.streams):
-            mine = streams == stream
-            probabilities.append(logits[layer][mine].softmax(dim=-1).numpy())
-            scales.append(scale[mine][:, layer].numpy())
-        return from_probabilities(probabilities, scales, self.top_k)
+        mine = [streams == stream for stream in self.shape.streams]
+        return (
+            [logits[layer][mask].cpu().numpy() for layer, mask in enumerate(mine)],
+            [scale[mask][:, layer].cpu().numpy() for layer, mask in enumerate(mine)],
+        )
+
+    def predict(self, tokens: TokenBatch) -> HashTable:
+        logits, scales = self.scores(tokens)
+        sure = [inclusion(z, t, self.shape.top_k) for z, t in zip(logits, self._temperatures, strict=True)]
+        return from_probabilities(sure, scales, self.width)

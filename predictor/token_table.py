@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from predictor.hash_table import HashTable, from_probabilities
+from predictor.hash_table import HashTable, Width, from_probabilities
 from predictor.tokens import RoutingShape, TokenBatch
 from predictor.traces import Trace
 
@@ -32,12 +32,12 @@ class TokenTable:
         experts: list[np.ndarray],
         shares: list[np.ndarray],
         scale: list[np.ndarray],
-        top_k: int,
+        width: Width,
     ):
-        self.shape, self.experts, self.shares, self.scale, self.top_k = shape, experts, shares, scale, top_k
+        self.shape, self.experts, self.shares, self.scale, self.width = shape, experts, shares, scale, width
 
     @classmethod
-    def fit(cls, trace: Trace, shape: RoutingShape, top_k: int) -> TokenTable:
+    def fit(cls, trace: Trace, shape: RoutingShape, width: Width) -> TokenTable:
         """Counts a trace."""
         experts, shares, scales = [], [], []
         for layer, stream, n in zip(trace.layers, shape.streams, shape.experts, strict=True):
@@ -62,16 +62,16 @@ class TokenTable:
                 layer_experts[token], layer_shares[token] = best, p[best] / p.sum()
             experts.append(layer_experts.astype(np.int16))
             shares.append(layer_shares.astype(np.float16))
-        return cls(shape, experts, shares, scales, top_k)
+        return cls(shape, experts, shares, scales, width)
 
     def predict(self, tokens: TokenBatch) -> HashTable:
         experts, probability, scaling = [], [], []
         for layer, stream in enumerate(self.shape.streams):
             ids = tokens.flat(stream)
-            local = from_probabilities(
-                [self.shares[layer][ids].astype(np.float32)], [self.scale[layer][ids].astype(np.float32)], self.top_k
-            )
-            experts.append(np.take_along_axis(self.experts[layer][ids], local.experts[0].astype(np.int64), 1))
+            shares, scale = self.shares[layer][ids].astype(np.float32), self.scale[layer][ids].astype(np.float32)
+            local = from_probabilities([shares], [scale], self.width)
+            place = local.experts[0].astype(np.int64)  # in the token's row of experts
+            experts.append(np.where(place < 0, place, np.take_along_axis(self.experts[layer][ids], place, 1)).astype(np.int16))
             probability.append(local.probability[0])
             scaling.append(local.scaling[0])
         return HashTable(tuple(experts), tuple(probability), tuple(scaling))

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding as look_up
 
 from predictor.accuracy import Accuracy, compare
 from predictor.hash_function import HashFunction, LSTMPredictor, pack
+from predictor.hash_table import Width
 from predictor.registry import HashPredictor
 from predictor.tokens import RoutingShape
 from predictor.traces import TOP_T, LayerTrace, Trace, select
@@ -70,7 +71,7 @@ def train(
             optimizer.step()
             schedule.step()
             on_step(loss.item())
-        accuracy = evaluate(LSTMPredictor(network, shape, embedding, top_k=3), held_out, shape)
+        accuracy = evaluate(LSTMPredictor(network, shape, embedding, Width(3)), held_out, shape)
         on_epoch(epoch, accuracy)
         if epoch == 0 or accuracy.mean_top1 > best.mean_top1:
             best, best_state = accuracy, {name: value.clone() for name, value in network.state_dict().items()}

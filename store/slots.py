@@ -16,7 +16,12 @@ from store.layout import Key
 
 
 def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int, key: str = "store.budget") -> int:
-    """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots.
+    """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots; see `parse_bytes`."""
+    return parse_bytes(budget, expert_bytes, free, key) // slot_bytes
+
+
+def parse_bytes(budget: str, expert_bytes: int, free: int, key: str) -> int:
+    """The bytes of a budget such as "2GiB", "20%", "0" or "auto".
 
     Args:
         expert_bytes: bytes of all experts: what a percentage is of, and the most that is ever taken.
@@ -48,7 +53,7 @@ def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int, key
         raise SpaceError(f"{key}: {budget!r} is negative; {hint}")
     if nbytes > free:
         raise SpaceError(f"{key}: {budget!r} is {nbytes} bytes, {free} are free on the device: {nbytes - free} bytes short")
-    return min(nbytes, expert_bytes) // slot_bytes
+    return min(nbytes, expert_bytes)
 
 
 class Slots:

@@ -1,0 +1,65 @@
+"""Where a rehearsal's stand-ins come from: a file that `train` wrote, or made of the arena's experts once and kept.
+
+What is made without training depends on the weights alone: it is kept in a cache by the arena's fingerprint, written beside its
+place and renamed, so that nobody sees half of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pipeline.config import StandInConfig
+from pipeline.progress import bar
+from predictor import stand_ins
+from predictor.errors import PredictorError
+from predictor.stand_ins import Plan, Shapes, StandIns
+from store.arena import Arena
+from store.layout import ArenaLayout
+from store.slots import parse_bytes
+
+
+def plan(config: StandInConfig, layout: ArenaLayout) -> Plan:
+    """
+    Raises:
+        PredictorError, SpaceError: the budget is none, or too small.
+    """
+    budget_bytes = parse_bytes(config.budget, layout.expert_bytes, layout.expert_bytes, "predictor.stand_ins.budget")
+    return stand_ins.plan(config.kind, budget_bytes, tuple(layer.experts for layer in layout.layers), shapes(layout))
+
+
+def shapes(layout: ArenaLayout) -> list[Shapes]:
+    """Per MoE layer and part, the shape of one expert's tensor."""
+    return [{part.name: part.shape for part in layer.block.parts} for layer in layout.layers]
+
+
+def make(wanted: Plan, arena: Arena) -> StandIns:
+    """Of an arena's experts, on the CPU."""
+
+    def read(layer: int, part: str) -> torch.Tensor:
+        layout = arena.layout.layers[layer]
+        return torch.stack([layout.block.views(arena.block(layer, expert))[part] for expert in range(layout.experts)])
+
+    parts = sum(len(layer) for layer in shapes(arena.layout)[:-1])
+    with bar(f"making {wanted.method} stand-ins", parts, unit="part") as shown:
+        return stand_ins.make(wanted, shapes(arena.layout), read, shown.update)
+
+
+def cached(wanted: Plan, arena: Arena, directory: Path | None = None) -> Path:
+    """The file of these stand-ins, made if it is not there. One that is damaged is made anew, and that is said."""
+    fingerprint = arena.path.name.rsplit("-", 1)[-1]
+    path = (directory or cache_directory()) / f"{fingerprint}-{wanted.method}-{wanted.size}.safetensors"
+    if path.exists():
+        try:
+            stand_ins.load(path, len(arena.layout.layers), arena.identity)
+            return path
+        except PredictorError as error:
+            print(f"{error}; making it anew", flush=True)
+    stand_ins.save(make(wanted, arena), path, arena.identity)
+    return path
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sida-moe"
