@@ -109,6 +109,14 @@ class PredictorConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    save: str | None = None
+    """Where `run` and `train` leave what the routers decided, for `train` and the oracle."""
+    load: str | None = None
+    """What `train` learns from instead of tracing the data."""
+
+
+@dataclass(frozen=True)
 class StoreConfig:
     budget: str = field(default="20%", metadata={"read": _budget})
     """Bytes on the device for experts: a size such as 2GiB, a share of all expert bytes, or auto."""
@@ -152,6 +160,7 @@ class Config:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
     """What `train` does; `run` ignores it."""
+    trace: TraceConfig = field(default_factory=TraceConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What `bench` does; `run` ignores it."""
     routing: Literal["exact", "hash"] = "exact"
@@ -233,6 +242,7 @@ def _check(config: Config, source: str) -> None:
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,
         "train.epochs": config.train.epochs,
+        "train.patience": 1 if config.train.patience is None else config.train.patience,
         "train.batch_size": config.train.batch_size,
         "train.hidden": config.train.hidden,
         "train.top_t": config.train.top_t,

@@ -90,7 +90,7 @@ class Rehearser:
             stand_ins: on that device.
         """
         self._now, self._pad = Rehearsing(), spec.config["pad_token_id"] or 0
-        self._device, self._arena = device, arena
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside whatever else this process does there
 
         def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
@@ -108,8 +108,12 @@ class Rehearser:
                 for r in self.route(tokens)
             ]
 
+    def logits(self, tokens: TokenBatch) -> list[torch.Tensor]:
+        """Per MoE layer (tokens, experts), on the device; with gradients, if the stand-ins have any."""
+        return [routing.logits for routing in self.route(tokens)]
+
     def route(self, tokens: TokenBatch) -> list[Routing]:
-        """What every router says of real tokens, on the device; with gradients, if those are wanted."""
+        """What every router says of real tokens, on the device."""
         inputs: dict[str, torch.Tensor] = {}
         for stream, prefix in zip(range(len(tokens.streams)), ("", "decoder_"), strict=False):
             ids, mask = pad(tokens, stream, self._pad)
@@ -149,6 +153,10 @@ class ArenaModel:
         return load_embedding(self.arena, self.spec.embedding)
 
     def rehearser(self, stand_ins: StandIns, device: str) -> Rehearser:
+        """On a CPU it reads the arena's pages, and has no lock on the arena: who asks for a table must not keep it from being removed."""
         arena = self.attached or Arena.attach(self.arena)
         assert arena is not None, self.arena
-        return Rehearser(self.spec, arena, stand_ins.to(torch.device(device)), torch.device(device))
+        rehearser = Rehearser(self.spec, arena, stand_ins.to(torch.device(device)), torch.device(device))
+        if self.attached is None:
+            arena.close()  # what is mapped stays
+        return rehearser

@@ -124,6 +124,10 @@ class LSTMPredictor:
             [scale[mask][:, layer].cpu().numpy() for layer, mask in enumerate(mine)],
         )
 
+    def logits(self, tokens: TokenBatch) -> list[np.ndarray]:
+        """Per MoE layer float32 (tokens, experts)."""
+        return self.scores(tokens)[0]
+
     def predict(self, tokens: TokenBatch) -> HashTable:
         logits, scales = self.scores(tokens)
         sure = [inclusion(z, t, self.shape.top_k) for z, t in zip(logits, self._temperatures, strict=True)]

@@ -98,8 +98,9 @@ def likeliest(probability: np.ndarray, width: Width, first: np.ndarray | None = 
     named[:, :always] = True
     if width.most is not None:
         named = _within(best, found, named, always, width.most)
-    wide = int(named.any(axis=0).sum())  # what is named stands at the front
-    return np.where(named, best, -1)[:, :wide].astype(np.int16), np.where(named, found, 0)[:, :wide]
+    front = np.argsort(~named, axis=1, kind="stable")[:, : int(named.sum(axis=1).max(initial=1))]
+    best, found = np.where(named, best, -1), np.where(named, found, 0)
+    return np.take_along_axis(best, front, 1).astype(np.int16), np.take_along_axis(found, front, 1)
 
 
 def _within(best: np.ndarray, probability: np.ndarray, named: np.ndarray, always: int, most: int) -> np.ndarray:

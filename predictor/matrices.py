@@ -1,7 +1,7 @@
 """Stand-ins for the matrices of all experts of a MoE layer: small approximations that are multiplied with, not unpacked to disk.
 
 A kind holds one matrix for every expert, (experts, out, in), in few bytes, and gives those of some experts as something that
-`torch.nn.functional.linear` takes as its weight: what an expert computes by `linear` runs on stand-ins unchanged, all experts at once.
+`torch.nn.functional.linear` takes as its weight: what an expert computes by it runs on stand-ins unchanged, all experts at once.
 """
 
 from __future__ import annotations

@@ -113,13 +113,13 @@ class _Nothing:
         return lambda tokens: []
 
 
-def save_lstm(network: HashFunction, path: Path, shape: RoutingShape, identity: str, calibration: Calibration) -> None:
+def save_lstm(network: HashFunction, path: Path, shape: RoutingShape, identity: str, calibration: Calibration | None) -> None:
     """Weights are stored as float16, half the size; top-1 on the shipped one moves by less than 0.1 points."""
     tensors = {name: value.to(torch.float16).numpy() for name, value in network.state_dict().items()}
     _save(tensors, path, "lstm", shape, identity, calibration)
 
 
-def save_token_table(table: TokenTable, path: Path, identity: str, calibration: Calibration) -> None:
+def save_token_table(table: TokenTable, path: Path, identity: str, calibration: Calibration | None) -> None:
     tensors = {}
     for layer in range(table.shape.layers):
         tensors[f"experts.{layer}"] = table.experts[layer]
@@ -129,12 +129,12 @@ def save_token_table(table: TokenTable, path: Path, identity: str, calibration: 
 
 
 def _save(
-    tensors: dict[str, np.ndarray], path: Path, kind: str, shape: RoutingShape, identity: str, calibration: Calibration
+    tensors: dict[str, np.ndarray], path: Path, kind: str, shape: RoutingShape, identity: str, calibration: Calibration | None
 ) -> None:
-    found = json.dumps(calibration.to_dict())
-    traces.save_atomically(
-        tensors, path, {"kind": kind, "identity": identity, "shape": json.dumps(vars(shape)), "calibration": found}
-    )
+    metadata = {"kind": kind, "identity": identity, "shape": json.dumps(vars(shape))}
+    if calibration is not None:
+        metadata["calibration"] = json.dumps(calibration.to_dict())
+    traces.save_atomically(tensors, path, metadata)
 
 
 def _load_lstm(spec: PredictorSpec, model: Model) -> HashPredictor:

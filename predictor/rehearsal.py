@@ -1,7 +1,8 @@
 """Rehearsal: the model's own backbone and routers, run ahead of the batch with a stand-in for every expert.
 
 A router that reads context cannot be guessed from embeddings; but what it reads is made by the backbone, a few per cent of the
-model, and by experts of which a rough idea is enough (docs/prediction.md). The model is handed in: nothing here knows how one is built.
+model, and by experts of which a rough idea is enough (docs/prediction.md). The model is handed in:
+nothing here knows how one is built.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Rehearsal:
     def __init__(self, rehearse: Rehearse, calibration: Calibration | None, shape: RoutingShape, width: Width):
         self._rehearse, self._shape, self._width = rehearse, shape, width
         self._temperatures = calibration.temperatures if calibration is not None else (UNJUDGED,) * shape.layers
+
+    def logits(self, tokens: TokenBatch) -> list[np.ndarray]:
+        """Per MoE layer float32 (tokens, experts)."""
+        return [said.logits for said in self._rehearse(tokens)]
 
     def predict(self, tokens: TokenBatch) -> HashTable:
         experts, probability, scaling = [], [], []

@@ -55,7 +55,7 @@ class StandIns:
         layers = []
         for parts in self.layers:
             moved = {part: {name: t.to(device) for name, t in m.tensors.items()} for part, m in parts.items()}
-            layers.append({part: _again(self.method, tensors) for part, tensors in moved.items()})
+            layers.append({part: again(self.method, tensors) for part, tensors in moved.items()})
         return StandIns(self.method, tuple(layers), self.calibration)
 
 
@@ -94,7 +94,7 @@ def plan(method: str, budget_bytes: int, experts: tuple[int, ...], shapes: list[
         rank = least = BITS[method]
         nbytes = small + sum(Quantised.nbytes(s, n, rank) for n, s in large)
     if rank < least or nbytes > budget_bytes:
-        hint = "raise it" if method == "svd" else "raise it, or take another predictor.stand_ins.kind: svd fits any budget"
+        hint = "raise it" if method == "svd" else "raise it, or write predictor.stand_ins.kind=svd, which takes what there is"
         raise PredictorError(f"predictor.stand_ins.budget: {method} needs {nbytes} bytes, the budget is {budget_bytes}; {hint}")
     return Plan(method, rank, nbytes)
 
@@ -157,11 +157,11 @@ def load(path: Path, layers: int, identity: str) -> StandIns:
         found[int(layer)].setdefault(part, {})[name] = torch.from_numpy(tensor)
     calibration = Calibration.from_dict(json.loads(metadata["calibration"])) if "calibration" in metadata else None
     method = metadata["method"]
-    made = tuple({part: _again(method, named) for part, named in parts.items()} for parts in found)
+    made = tuple({part: again(method, named) for part, named in parts.items()} for parts in found)
     return StandIns(method, made, calibration)
 
 
-def _again(method: str, tensors: dict[str, torch.Tensor]) -> Matrices:
+def again(method: str, tensors: dict[str, torch.Tensor]) -> Matrices:
     """From what was stored."""
     if "whole" in tensors:
         return Whole(tensors)

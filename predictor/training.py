@@ -1,4 +1,4 @@
-"""Training of the hash function by truncated knowledge distillation (SiDA-MoE, section 3.3).
+"""Training by truncated knowledge distillation (SiDA-MoE, section 3.3).
 
 Loss per MoE layer: ce_weight x cross-entropy with the router's choice + the distance between student and router over the router's T
 most probable experts, both renormalised over those T + the squared error of the scaling factor (ours: hash routing needs its size).
@@ -6,8 +6,10 @@ most probable experts, both renormalised over those T + the squared error of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,68 +17,149 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.functional import embedding as look_up
 
 from predictor.accuracy import Accuracy, compare
+from predictor.calibration import fit_temperature
+from predictor.checkpoint import Checkpoint, Epoch, State
 from predictor.hash_function import HashFunction, LSTMPredictor, pack
 from predictor.hash_table import Width
 from predictor.registry import HashPredictor
-from predictor.tokens import RoutingShape
+from predictor.tokens import RoutingShape, TokenBatch
 from predictor.traces import TOP_T, LayerTrace, Trace, select
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The paper trains with lr 5e-5, batch 64, ce_weight 0.005 "to converge"; these defaults get there in a few epochs."""
+    """The paper trains with lr 5e-5, constant, batch 64, ce_weight 0.005 "to converge"; these take a few epochs."""
 
     epochs: int = 12
     lr: float = 3e-3
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    """one_cycle: up to `lr` in the first third, then down to nothing."""
+    patience: int | None = None
+    """End after so many epochs without a better one; null: never."""
     batch_size: int = 64
     hidden: int = 128
     ce_weight: float = 0.005
     top_t: int = TOP_T
     holdout: float = 0.1
-    """Share of rows that is never trained on and that every figure is measured on."""
+    """Share of rows that is never trained on: half of them choose the epoch and calibrate, every figure is of the other half."""
 
 
-def split(rows: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to train on and to hold out, int64; at least one of each."""
-    order = np.random.default_rng(seed).permutation(rows)
-    held = min(max(1, round(rows * holdout)), rows - 1)
-    return np.sort(order[held:]), np.sort(order[:held])
+def split(tokens: TokenBatch, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers to train on, to choose and calibrate by, and to judge by, int64; at least one of each.
+
+    Rows of equal tokens go the same way: what is judged by has not been seen. With too few of them the last two are the same.
+    """
+    same: dict[bytes, list[int]] = {}
+    for row in range(tokens.size):
+        same.setdefault(b"|".join(rows[row].tobytes() for rows in tokens.streams), []).append(row)
+    groups = list(same.values())
+    if len(groups) < 2:  # one text again and again
+        groups = [[row] for row in range(tokens.size)]
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    held = min(max(1, round(len(groups) * holdout)), len(groups) - 1)
+
+    def rows(part: list[list[int]]) -> np.ndarray:
+        return np.array(sorted(row for group in part for row in group), dtype=np.int64)
+
+    half = held - held // 2
+    return rows(order[held:]), rows(order[:half]), rows(order[half:held] or order[:half])
 
 
-def train(
-    trace: Trace,
-    held_out: Trace,
+class Learner(Protocol):
+    """What is trained, and how it is judged meanwhile."""
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]: ...
+
+    def loss(self, batch: Trace) -> torch.Tensor:
+        """Of a batch of rows, with gradients."""
+
+    def predictor(self) -> HashPredictor:
+        """As it is now."""
+
+
+def fit(
+    learner: Learner,
+    training: Trace,
+    choosing: Trace,
     shape: RoutingShape,
-    embedding: torch.Tensor,
     settings: TrainSettings,
     seed: int,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
     on_epoch: Callable[[int, Accuracy], None] = lambda epoch, accuracy: None,
-) -> tuple[HashFunction, Accuracy]:
-    """Trains a HashFunction; returns it as it was after the epoch that was best on `held_out`, and how good that was."""
-    torch.manual_seed(seed)
-    network = HashFunction(shape, embedding.shape[1], settings.hidden)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr)
-    steps = settings.epochs * -(-trace.tokens.size // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
-    rng = np.random.default_rng(seed)
-    best, best_state = Accuracy(), network.state_dict()
-    for epoch in range(settings.epochs):
-        network.train()
-        for batch in _batches(trace, shape, settings.batch_size, rng):
-            loss = distillation_loss(network, batch, shape, embedding, settings)
+) -> list[Epoch]:
+    """Trains with AdamW, and leaves the learner as it was after the epoch that was best on `choosing`; returns all epochs.
+
+    Args:
+        checkpoint: where the state is kept after every epoch, and where an interrupted training of the same is taken up.
+    """
+    parameters = learner.parameters()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr)
+    steps = -(-training.tokens.size // settings.batch_size)
+    state = checkpoint.load(parameters, optimizer) if checkpoint is not None else None
+    history = state.history if state is not None else []
+    best = state.best if state is not None else {name: p.detach().clone() for name, p in parameters.items()}
+    for epoch in range(len(history), settings.epochs):
+        if _is_enough(history, settings.patience):
+            break
+        total = 0.0
+        rng = np.random.default_rng([seed, epoch])
+        for number, batch in enumerate(_batches(training, shape, settings.batch_size, rng)):
+            share = (epoch * steps + number) / (settings.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * (_one_cycle(share) if settings.schedule == "one_cycle" else 1)
+            loss = learner.loss(batch)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
-            schedule.step()
+            total += loss.item()
             on_step(loss.item())
-        accuracy = evaluate(LSTMPredictor(network, shape, embedding, Width(3)), held_out, shape)
+        accuracy = evaluate(learner.predictor(), choosing, shape)
         on_epoch(epoch, accuracy)
-        if epoch == 0 or accuracy.mean_top1 > best.mean_top1:
-            best, best_state = accuracy, {name: value.clone() for name, value in network.state_dict().items()}
-    network.load_state_dict(best_state)
-    return network, best
+        if not history or accuracy.mean_top1 > max(e.top1 for e in history):
+            best = {name: p.detach().clone() for name, p in parameters.items()}
+        history = [*history, Epoch(total / steps, accuracy.mean_top1, accuracy.mean_top3)]
+        if checkpoint is not None:
+            checkpoint.save(State(history, best), parameters, optimizer)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(best[name])
+    return history
+
+
+def _one_cycle(share: float) -> float:
+    """The learning rate after this share of all steps, as a part of the highest."""
+    rise = 0.3
+    if share < rise:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * share / rise)) / 2
+    return (1 + math.cos(math.pi * (share - rise) / (1 - rise))) / 2
+
+
+def _is_enough(history: list[Epoch], patience: int | None) -> bool:
+    if patience is None or not history:
+        return False
+    best = max(range(len(history)), key=lambda i: history[i].top1)
+    return len(history) - 1 - best >= patience
+
+
+class LSTMLearner:
+    """A hash function in training."""
+
+    def __init__(self, shape: RoutingShape, embedding: torch.Tensor, settings: TrainSettings, seed: int):
+        torch.manual_seed(seed)
+        self.network = HashFunction(shape, embedding.shape[1], settings.hidden)
+        self._shape, self._embedding, self._settings = shape, embedding, settings
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.network.named_parameters())
+
+    def loss(self, batch: Trace) -> torch.Tensor:
+        self.network.train()
+        return distillation_loss(self.network, batch, self._shape, self._embedding, self._settings)
+
+    def predictor(self) -> LSTMPredictor:
+        return LSTMPredictor(self.network, self._shape, self._embedding, Width(3))
 
 
 def distillation_loss(
@@ -98,22 +181,48 @@ def layer_loss(logits: torch.Tensor, scale: torch.Tensor, truth: LayerTrace, set
         logits: (tokens, experts).
         scale: (tokens,).
     """
-    top = torch.from_numpy(truth.top[:, : settings.top_t].astype(np.int64))  # (tokens, T)
-    teacher = torch.from_numpy(truth.probabilities[:, : settings.top_t].astype(np.float32))
+    weight = torch.from_numpy(truth.weight.astype(np.float32))
+    return order_loss(logits, truth, settings) + mse_loss(scale, weight)
+
+
+def order_loss(logits: torch.Tensor, truth: LayerTrace, settings: TrainSettings) -> torch.Tensor:
+    """What makes a student's logits, (tokens, experts), rank experts as the router does."""
+    top = torch.from_numpy(truth.top[:, : settings.top_t].astype(np.int64)).to(logits.device)  # (tokens, T)
+    teacher = torch.from_numpy(truth.probabilities[:, : settings.top_t].astype(np.float32)).to(logits.device)
     teacher = teacher / teacher.sum(dim=1, keepdim=True).clamp(min=1e-9)
     student = logits.gather(1, top).log_softmax(dim=1)
     distance = -(teacher * student).sum(dim=1).mean()  # KL up to the teacher's entropy, a constant
-    weight = torch.from_numpy(truth.weight.astype(np.float32))
-    return distance + settings.ce_weight * cross_entropy(logits, top[:, 0]) + mse_loss(scale, weight)
+    return distance + settings.ce_weight * cross_entropy(logits, top[:, 0])
 
 
 def evaluate(predictor: HashPredictor, trace: Trace, shape: RoutingShape, rows_at_once: int = 64) -> Accuracy:
     """Top-1 and top-3 of a predictor on a trace."""
     total = Accuracy()
-    for start in range(0, trace.tokens.size, rows_at_once):
-        part = select(trace, np.arange(start, min(start + rows_at_once, trace.tokens.size)), shape)
+    for part in _parts(trace, shape, rows_at_once):
         total.add(compare(predictor.predict(part.tokens), [layer.top[:, 0] for layer in part.layers]))
     return total
+
+
+class HasLogits(Protocol):
+    """A predictor that can be calibrated."""
+
+    def logits(self, tokens: TokenBatch) -> list[np.ndarray]:
+        """Per MoE layer, (tokens, experts)."""
+
+
+def calibrate(predictor: HasLogits, trace: Trace, shape: RoutingShape, rows_at_once: int = 64) -> tuple[float, ...]:
+    """A temperature for every MoE layer (`predictor.calibration`), from rows that the predictor was not trained on."""
+    logits: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
+    for part in _parts(trace, shape, rows_at_once):
+        for found, layer in zip(logits, predictor.logits(part.tokens), strict=True):
+            found.append(layer)
+    chosen = [layer.top[:, : shape.top_k] for layer in trace.layers]
+    return tuple(fit_temperature(np.concatenate(found), true) for found, true in zip(logits, chosen, strict=True))
+
+
+def _parts(trace: Trace, shape: RoutingShape, rows_at_once: int) -> Iterator[Trace]:
+    for start in range(0, trace.tokens.size, rows_at_once):
+        yield select(trace, np.arange(start, min(start + rows_at_once, trace.tokens.size)), shape)
 
 
 def _batches(trace: Trace, shape: RoutingShape, size: int, rng: np.random.Generator) -> Iterator[Trace]:

@@ -64,6 +64,12 @@ def save_switch(directory: Path, seed: int = 0, head: bool = False, max_shard_si
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Stand-ins that a test makes are kept where no other run of the tests, and no user, looks."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def switch(tmp_path: Path) -> Callable:
     """Makes a checkpoint in a new directory: switch(**changes) -> (directory, whole model)."""

@@ -51,7 +51,7 @@ def with_lstm(root: Path) -> dict:
     torch.manual_seed(0)
     network = HashFunction(prepared.model.shape, 32, 16)
     identity = routers_identity(prepared.weights, prepared.model.placement)
-    save_lstm(network, root / "lstm.safetensors", prepared.model.shape, identity, {})
+    save_lstm(network, root / "lstm.safetensors", prepared.model.shape, identity, None)
     return {"kind": "lstm", "path": str(root / "lstm.safetensors"), "top_k": 1}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 
 from pipeline.config import Config, parse
 from pipeline.executor import Executor
-from pipeline.models import load_embedding
-from pipeline.prepare import Prepared, prepare
+from pipeline.prepare import Prepared, made_stand_ins, prepare
+from pipeline.rehearsal import ArenaModel
 from predictor.actor import Predictor
 from predictor.hash_function import HashFunction
+from predictor.hash_table import Width
 from predictor.registry import save_lstm, save_token_table
 from predictor.token_table import TokenTable
 from predictor.traces import join
@@ -25,6 +25,7 @@ from store.actor import ExpertStore
 from store.errors import SpaceError
 from tests.conftest import SENTENCES, answers, config_data, save_switch, write_tsv
 
+FILES = ("lstm", "token_table")
 TEXTS = [*SENTENCES, *(" ".join(SENTENCES[i:]) for i in range(len(SENTENCES))), "x", "one two three " * 30, "fine, really"]
 
 
@@ -47,8 +48,8 @@ def served(config: Config, background: bool = True) -> Iterator[tuple[Prepared, 
     store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     arena = store.open()
     make_predictor_file(config, prepared, arena.identity)
-    embedding = partial(load_embedding, arena.path, prepared.model.embedding)
-    predictor = Predictor(prepared.predictor_spec(arena.identity), embedding)
+    model = ArenaModel(prepared.model, arena.path)
+    predictor = Predictor(prepared.predictor_spec(arena.identity, made_stand_ins(prepared)), model)
     executor = Executor(prepared.executor_spec(background))
     executor._device._engine.slots.memory.fill_(255)  # NaN in every float dtype: an expert that was not copied shows
     try:
@@ -62,12 +63,12 @@ def make_predictor_file(config: Config, prepared: Prepared, identity: str) -> No
     shape, path = prepared.model.shape, Path(config.predictor.path or "")
     if config.predictor.kind == "lstm":
         torch.manual_seed(1)
-        save_lstm(HashFunction(shape, prepared.model.config["d_model"], 16), path, shape, identity, {})
+        save_lstm(HashFunction(shape, prepared.model.config["d_model"], 16), path, shape, identity, None)
     if config.predictor.kind == "token_table":
         executor = Executor(prepared.executor_spec())
         trace = join([executor.trace(batch, 30) for batch in prepared.batches])
         executor.close()
-        save_token_table(TokenTable.fit(trace, shape, 3), path, identity, {})
+        save_token_table(TokenTable.fit(trace, shape, Width(3)), path, identity, None)
 
 
 def assert_equal_results(ours: list[dict], theirs: list[dict]) -> None:
@@ -98,7 +99,7 @@ def run_and_compare(config: Config, whole: torch.nn.Module, ahead: int = 3) -> l
         return stats
 
 
-@pytest.mark.parametrize("kind", ["lstm", "token_table", "random"])
+@pytest.mark.parametrize("kind", ["lstm", "token_table", "rehearsal", "random"])
 @pytest.mark.parametrize("policy", ["fifo", "lru", "lookahead"])
 @pytest.mark.parametrize("budget", ["0", "10%", "37%", "100%"])
 def test_equals_the_whole_model_for_every_budget_policy_and_predictor(tmp_path, model, budget, policy, kind):
@@ -108,7 +109,7 @@ def test_equals_the_whole_model_for_every_budget_policy_and_predictor(tmp_path, 
             tmp_path,
             directory,
             store={"budget": budget, "policy": policy, "directory": str(tmp_path / "arenas")},
-            predictor={"kind": kind, "top_k": 3, "path": str(tmp_path / "predictor.safetensors")},
+            predictor={"kind": kind, "top_k": 3} | ({"path": str(tmp_path / "p.safetensors")} if kind in FILES else {}),
         ),
         whole,
     )

@@ -37,6 +37,7 @@ from pipeline.tasks import HeadClassify, Result, Score, TextToTextClassify
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle, Random, Worsened
 from predictor.hash_function import HashFunction, LSTMPredictor
+from predictor.hash_table import Width
 from predictor.registry import HashPredictor
 from predictor.traces import Trace, join
 from store import cuda
@@ -159,7 +160,7 @@ class Case:
         if kind == "lstm":
             torch.manual_seed(1)
             width = self.prepared.model.config["d_model"]
-            return LSTMPredictor(HashFunction(shape, width, 16), shape, torch.randn(shape.vocab_size, width), top_k=2)
+            return LSTMPredictor(HashFunction(shape, width, 16), shape, torch.randn(shape.vocab_size, width), Width(2))
         oracle = Oracle(join(traces), shape, shape.top_k)
         return oracle if kind == "oracle" else Worsened(oracle, shape, {"half wrong": 0.5, "wrong": 0.0}[kind], seed=0)
 

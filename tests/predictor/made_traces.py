@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from predictor.rehearsal import Rehearse
+from predictor.stand_ins import StandIns
 from predictor.tokens import RoutingShape, TokenBatch
 from predictor.traces import LayerTrace, Trace
 
@@ -62,3 +65,17 @@ def same_trace(a: Trace, b: Trace) -> bool:
         for x, y in zip(a.layers, b.layers, strict=True)
         for name in ("top", "probabilities", "weight")
     )
+
+
+class OnlyEmbedding:
+    """A model that has input embeddings and nothing else (`predictor.registry.Model`)."""
+
+    def __init__(self, embedding: torch.Tensor | None = None):
+        self._embedding = embedding
+
+    def embedding(self) -> torch.Tensor:
+        assert self._embedding is not None, "nobody should ask"
+        return self._embedding
+
+    def rehearser(self, stand_ins: StandIns, device: str) -> Rehearse:
+        raise AssertionError("nobody should ask")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from predictor.hash_function import PADDING, HashFunction, LSTMPredictor, pack, sparsemax
+from predictor.hash_table import Width
 from predictor.tokens import DECODER, ENCODER, RoutingShape, TokenBatch
 from tests.predictor.made_traces import ragged
 
@@ -89,7 +90,7 @@ def predictor() -> LSTMPredictor:
     network = HashFunction(BOTH, embedding_dim=12, hidden=16)
     for parameter in network.parameters():
         parameter.data.mul_(2)  # far from uniform
-    return LSTMPredictor(network, BOTH, torch.randn(VOCAB, 12), top_k=3)
+    return LSTMPredictor(network, BOTH, torch.randn(VOCAB, 12), Width(3))
 
 
 def rows_of(tokens: TokenBatch, rows: list[int]) -> TokenBatch:
@@ -132,7 +133,7 @@ def test_the_embedding_of_the_padding_id_never_counts(predictor):
     tokens = ragged(np.random.default_rng(7), rows=5, vocab=VOCAB, streams=2)
     poisoned = predictor._embedding.clone()
     poisoned[0] = 1e4
-    other = LSTMPredictor(predictor.network, BOTH, poisoned, top_k=3).predict(tokens)
+    other = LSTMPredictor(predictor.network, BOTH, poisoned, Width(3)).predict(tokens)
     for mine, theirs in zip(predictor.predict(tokens).probability, other.probability, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -152,7 +153,7 @@ def test_what_the_decoder_reads_changes_nothing_for_the_encoder_nor_for_what_sta
 
 def test_probabilities_are_the_softmax_of_the_heads_and_scaling_factors_lie_between_0_and_1(predictor):
     tokens = ragged(np.random.default_rng(9), rows=3, vocab=VOCAB, streams=2)
-    everything = LSTMPredictor(predictor.network, BOTH, predictor._embedding, top_k=8).predict(tokens)
+    everything = LSTMPredictor(predictor.network, BOTH, predictor._embedding, Width(8)).predict(tokens)
     for p, scaling in zip(everything.probability, everything.scaling, strict=True):
         np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
         assert ((scaling.sum(axis=1) > 0) & (scaling.sum(axis=1) < 1)).all()
@@ -161,7 +162,7 @@ def test_probabilities_are_the_softmax_of_the_heads_and_scaling_factors_lie_betw
 def test_embeddings_of_half_precision_give_the_same_choice(predictor):
     tokens = ragged(np.random.default_rng(10), rows=3, vocab=VOCAB, streams=2)
     rounded = predictor._embedding.bfloat16()
-    half = LSTMPredictor(predictor.network, BOTH, rounded, top_k=3).predict(tokens)
-    same = LSTMPredictor(predictor.network, BOTH, rounded.float(), top_k=3).predict(tokens)
+    half = LSTMPredictor(predictor.network, BOTH, rounded, Width(3)).predict(tokens)
+    same = LSTMPredictor(predictor.network, BOTH, rounded.float(), Width(3)).predict(tokens)
     for a, b in zip(half.experts, same.experts, strict=True):
         np.testing.assert_array_equal(a, b)

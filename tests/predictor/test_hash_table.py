@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from predictor.hash_table import HashTable, from_probabilities
+from predictor.hash_table import HashTable, Width, from_probabilities, likeliest
 
 
 def brute_force_uses(experts: np.ndarray, probability: np.ndarray) -> dict[int, float]:
@@ -61,7 +61,7 @@ def test_from_probabilities_keeps_the_most_probable_in_order_and_shares_the_scal
     rng = np.random.default_rng(2)
     p = rng.dirichlet(np.full(12, 0.5), 30).astype(np.float32)
     alpha = rng.uniform(0.1, 0.9, 30).astype(np.float32)
-    table = from_probabilities([p], [alpha], top_k=4)
+    table = from_probabilities([p], [alpha], Width(4))
     for token in range(30):
         best = sorted(range(12), key=lambda expert: -p[token, expert])[:4]
         assert table.experts[0][token].tolist() == best
@@ -74,7 +74,7 @@ def test_from_probabilities_keeps_the_most_probable_in_order_and_shares_the_scal
 @pytest.mark.parametrize("top_k", [5, 6, 50])
 def test_from_probabilities_gives_all_experts_when_there_are_no_more_than_top_k(top_k):
     p = np.random.default_rng(3).dirichlet(np.ones(5), 7).astype(np.float32)
-    table = from_probabilities([p], [np.ones(7, np.float32)], top_k)
+    table = from_probabilities([p], [np.ones(7, np.float32)], Width(top_k))
     np.testing.assert_array_equal(table.experts[0], np.argsort(-p, axis=1))
     np.testing.assert_allclose(table.scaling[0].sum(axis=1), 1, rtol=1e-5)
 
@@ -82,12 +82,12 @@ def test_from_probabilities_gives_all_experts_when_there_are_no_more_than_top_k(
 def test_layers_may_have_different_numbers_of_experts_and_tokens():
     rng = np.random.default_rng(4)
     p = [rng.dirichlet(np.ones(n), tokens).astype(np.float32) for n, tokens in ((8, 5), (2, 3))]
-    table = from_probabilities(p, [np.ones(5, np.float32), np.ones(3, np.float32)], top_k=3)
+    table = from_probabilities(p, [np.ones(5, np.float32), np.ones(3, np.float32)], Width(3))
     assert [experts.shape for experts in table.experts] == [(5, 3), (3, 2)]
 
 
 def test_a_token_of_which_nothing_is_known_has_no_scaling_rather_than_nan():
-    table = from_probabilities([np.zeros((1, 4), np.float32)], [np.ones(1, np.float32)], top_k=2)
+    table = from_probabilities([np.zeros((1, 4), np.float32)], [np.ones(1, np.float32)], Width(2))
     np.testing.assert_array_equal(table.scaling[0], [[0, 0]])
 
 
@@ -95,3 +95,56 @@ def test_when_the_table_is_the_routing_every_expert_it_names_is_needed():
     experts, probability = random_table(np.random.default_rng(5), tokens=6, experts=8, top_k=2)
     table = HashTable((experts,), (probability,), (probability,))
     assert dict(table.uses_under("hash")[0]) == dict.fromkeys(np.unique(experts).tolist(), 1.0)
+
+
+def shares(tokens: int, experts: int, seed: int = 6) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.full(experts, 0.4), tokens).astype(np.float32)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.8, 0.99])
+def test_with_a_mass_each_token_gets_as_few_experts_as_come_to_it(mass):
+    p = shares(50, 12)
+    experts, probability = likeliest(p, Width(12, mass))
+    for token in range(50):
+        named = experts[token][experts[token] >= 0]
+        ordered = np.sort(p[token])[::-1]
+        assert len(named) == np.searchsorted(np.cumsum(ordered), mass) + 1
+        np.testing.assert_array_equal(probability[token][: len(named)], ordered[: len(named)])
+        assert (probability[token][len(named) :] == 0).all()
+    assert (experts >= 0).any(axis=0).all()  # no column of nothing
+
+
+def test_with_a_mass_no_token_gets_more_than_top_k_and_each_gets_one():
+    p = np.vstack([shares(20, 12), np.full((1, 12), 1 / 12, np.float32)])
+    experts, _ = likeliest(p, Width(3, 0.9))
+    assert experts.shape[1] == 3
+    assert (likeliest(p, Width(3, 1e-9))[0] >= 0).sum(axis=1).tolist() == [1] * 21
+
+
+def test_what_has_to_be_first_is_first_and_stays_whatever_the_mass():
+    p = shares(30, 8)
+    first = p.argmin(axis=1)[:, None]
+    experts, probability = likeliest(p, Width(4, 0.01), first)
+    np.testing.assert_array_equal(experts[:, 0], first[:, 0])
+    np.testing.assert_array_equal(probability[:, 0], p.min(axis=1))
+
+
+@pytest.mark.parametrize("most", [1, 5, 9])
+def test_with_a_limit_the_unlikeliest_to_be_needed_are_left_out_but_never_a_tokens_first(most):
+    p = shares(6, 16)
+    experts, _ = likeliest(p, Width(16, 0.99, most))
+    wide, probability = likeliest(p, Width(16, 0.99))
+    uses = [expert for expert, _ in HashTable((wide,), (probability,), (probability,)).uses[0]]
+    kept = {*uses[:most]}
+    for token in range(6):
+        expected = [e for i, e in enumerate(wide[token].tolist()) if e >= 0 and (i == 0 or e in kept)]
+        assert sorted(e for e in experts[token].tolist() if e >= 0) == sorted(expected)
+
+
+def test_uses_know_no_expert_that_is_none():
+    experts = np.array([[3, 1], [3, -1]], dtype=np.int16)
+    probability = np.array([[0.5, 0.4], [0.5, 0]], dtype=np.float32)
+    table = HashTable((experts,), (probability,), (probability,))
+    assert [expert for expert, _ in table.uses[0]] == [3, 1]
+    assert dict(table.uses[0])[3] == pytest.approx(0.75)
+    assert [expert for expert, _ in table.uses_under("hash")[0]] == [1, 3]

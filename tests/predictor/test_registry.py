@@ -14,15 +14,20 @@ from predictor import traces
 from predictor.baselines import Oracle, Random
 from predictor.errors import PredictorError
 from predictor.hash_function import HashFunction, LSTMPredictor
+from predictor.hash_table import Width
+from predictor.matrices import LowRank
 from predictor.registry import KINDS, PredictorSpec, make, save_lstm, save_token_table
+from predictor.rehearsal import Rehearsal, Rehearsed
+from predictor.stand_ins import StandIns
+from predictor.stand_ins import save as save_stand_ins
 from predictor.token_table import TokenTable
-from predictor.tokens import DECODER, ENCODER, RoutingShape
-from tests.predictor.made_traces import ragged, random_trace
+from predictor.tokens import DECODER, ENCODER, RoutingShape, TokenBatch
+from tests.predictor.made_traces import OnlyEmbedding, ragged, random_trace
 
 VOCAB = 30
 SHAPE = RoutingShape(experts=(8, 4), streams=(ENCODER, DECODER), top_k=1, vocab_size=VOCAB)
 EMBEDDING = torch.randn(VOCAB, 12, generator=torch.Generator().manual_seed(0))
-FILES = ("lstm", "token_table", "oracle")
+FILES = ("lstm", "token_table", "rehearsal", "oracle")
 """Kinds that read a file."""
 
 
@@ -34,14 +39,18 @@ def make_trace():
 def write(kind: str, path: Path, identity: str = "id"):
     """Writes the file of a kind; returns the predictor that was in memory."""
     trace = make_trace()
+    if kind == "rehearsal":
+        made = StandIns("svd", ({"wi": LowRank({"up": torch.ones(8, 3, 1).half(), "down": torch.ones(8, 1, 5).half()})}, {}))
+        save_stand_ins(made, path, identity)
+        return Rehearsal(MODEL.rehearser(made, "cpu"), None, SHAPE, Width(3))
     if kind == "lstm":
         torch.manual_seed(0)
         network = HashFunction(SHAPE, 12, 16)
-        save_lstm(network, path, SHAPE, identity, {})
-        return LSTMPredictor(network, SHAPE, EMBEDDING, 3)
+        save_lstm(network, path, SHAPE, identity, None)
+        return LSTMPredictor(network, SHAPE, EMBEDDING, Width(3))
     if kind == "token_table":
-        table = TokenTable.fit(trace, SHAPE, 3)
-        save_token_table(table, path, identity, {"top1": [0.5]})
+        table = TokenTable.fit(trace, SHAPE, Width(3))
+        save_token_table(table, path, identity, None)
         return table
     traces.save(trace, path, SHAPE, identity)
     return Oracle(trace, SHAPE, 3)
@@ -51,13 +60,33 @@ def spec(kind: str, path: Path | None, **changes) -> PredictorSpec:
     return replace(PredictorSpec(kind, path, 3, SHAPE, "id"), **changes)
 
 
-def embedding() -> torch.Tensor:
-    return EMBEDDING
+class Model:
+    """A model whose rehearsal says of every token what its id decides."""
+
+    def embedding(self) -> torch.Tensor:
+        return EMBEDDING
+
+    def rehearser(self, stand_ins: StandIns, device: str):
+        def rehearse(tokens: TokenBatch) -> list[Rehearsed]:
+            said = []
+            for experts, stream in zip(SHAPE.experts, SHAPE.streams, strict=True):
+                logits = np.random.default_rng(0).normal(0, 2, (VOCAB, experts)).astype(np.float32)[tokens.flat(stream)]
+                logits += sum(
+                    matrices.tensors["up"].float().sum().item() for parts in stand_ins.layers for matrices in parts.values()
+                )
+                chosen = logits.argmax(axis=1)[:, None]
+                said.append(Rehearsed(logits, chosen, np.full(chosen.shape, 0.5, np.float32)))
+            return said
+
+        return rehearse
+
+
+MODEL = Model()
 
 
 def refused(wanted: PredictorSpec) -> str:
     with pytest.raises(PredictorError) as error:
-        make(wanted, embedding)
+        make(wanted, MODEL)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -67,7 +96,7 @@ def test_a_predictor_from_its_file_predicts_as_the_one_that_was_saved(tmp_path, 
     path = tmp_path / "predictor.safetensors"
     saved = write(kind, path)
     tokens = make_trace().tokens
-    mine, theirs = make(spec(kind, path), embedding).predict(tokens), saved.predict(tokens)
+    mine, theirs = make(spec(kind, path), MODEL).predict(tokens), saved.predict(tokens)
     for layer in range(SHAPE.layers):
         # float16 on disk
         np.testing.assert_allclose(mine.probability[layer], theirs.probability[layer], atol=2e-3)
@@ -82,17 +111,14 @@ def test_every_kind_makes_tables_of_top_k_experts_for_every_token(tmp_path):
         if kind in FILES:
             path = tmp_path / f"{kind}.safetensors"
             write(kind, path)
-        table = make(spec(kind, path, top_k=2), embedding).predict(tokens)
+        table = make(spec(kind, path, top_k=2), MODEL).predict(tokens)
         for layer, stream in enumerate(SHAPE.streams):
             for array in (table.experts[layer], table.probability[layer], table.scaling[layer]):
                 assert array.shape == (len(tokens.flat(stream)), 2), kind
 
 
 def test_kinds_that_need_no_file_and_no_embeddings_ask_for_none():
-    def never() -> torch.Tensor:
-        raise AssertionError
-
-    assert isinstance(make(spec("random", None), never), Random)
+    assert isinstance(make(spec("random", None), OnlyEmbedding()), Random)
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones_named():
@@ -133,7 +159,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, kind):
     write(other, path)
     message = refused(spec(kind, path))
     assert str(path) in message
-    assert "trace" in message if "oracle" in (kind, other) else other in message
+    assert {"oracle": "trace", "rehearsal": "stand_ins"}.get(other, other) in message
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from predictor.hash_table import Width
 from predictor.token_table import KEPT, PRIOR, TokenTable
 from predictor.tokens import DECODER, ENCODER, RoutingShape, TokenBatch
 from tests.predictor.made_traces import ragged, random_trace
@@ -38,7 +39,7 @@ def counted(trace, shape: RoutingShape, layer: int) -> tuple[dict[int, Counter],
 def test_shares_are_the_counts_of_the_token_id_with_the_overall_distribution_as_a_prior(top_k):
     shape = RoutingShape(SHAPE.experts, SHAPE.streams, top_k, VOCAB)
     trace = make_trace(0, shape)
-    table = TokenTable.fit(trace, shape, top_k=3)
+    table = TokenTable.fit(trace, shape, Width(3))
     for layer, experts in enumerate(shape.experts):
         by_token, overall, _ = counted(trace, shape, layer)
         everything = sum(overall.values())
@@ -54,7 +55,7 @@ def test_shares_are_the_counts_of_the_token_id_with_the_overall_distribution_as_
 
 def test_scaling_factors_are_the_mean_of_the_token_id_drawn_to_the_overall_mean():
     trace = make_trace(1)
-    table = TokenTable.fit(trace, SHAPE, top_k=3)
+    table = TokenTable.fit(trace, SHAPE, Width(3))
     for layer in range(SHAPE.layers):
         _, _, weights = counted(trace, SHAPE, layer)
         mean = np.mean([w for all_of_token in weights.values() for w in all_of_token])
@@ -66,7 +67,7 @@ def test_scaling_factors_are_the_mean_of_the_token_id_drawn_to_the_overall_mean(
 
 def test_an_unseen_token_id_gets_the_overall_distribution():
     trace = make_trace(2)
-    table = TokenTable.fit(trace, SHAPE, top_k=3)
+    table = TokenTable.fit(trace, SHAPE, Width(3))
     unseen = np.array([SEEN, VOCAB - 1, 0])
     predicted = table.predict(TokenBatch(((unseen,), (unseen,))))
     for layer in range(SHAPE.layers):
@@ -81,7 +82,7 @@ def test_an_unseen_token_id_gets_the_overall_distribution():
 def test_a_table_names_top_k_experts_of_each_token_likeliest_first():
     trace = make_trace(3)
     tokens = ragged(np.random.default_rng(4), rows=5, vocab=VOCAB, streams=2)
-    table = TokenTable.fit(trace, SHAPE, top_k=3)
+    table = TokenTable.fit(trace, SHAPE, Width(3))
     predicted = table.predict(tokens)
     for layer, stream in enumerate(SHAPE.streams):
         ids = tokens.flat(stream)
@@ -92,6 +93,6 @@ def test_a_table_names_top_k_experts_of_each_token_likeliest_first():
 
 
 def test_more_experts_than_are_kept_gives_all_that_are_kept():
-    table = TokenTable.fit(make_trace(5), SHAPE, top_k=30)
+    table = TokenTable.fit(make_trace(5), SHAPE, Width(30))
     predicted = table.predict(ragged(np.random.default_rng(6), rows=2, vocab=VOCAB, streams=2))
     assert [experts.shape[1] for experts in predicted.experts] == [KEPT, 5]

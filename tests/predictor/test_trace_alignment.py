@@ -15,6 +15,7 @@ from pipeline.executor import Executor
 from pipeline.prepare import prepare
 from pipeline.train import record
 from predictor.hash_function import HashFunction, LSTMPredictor
+from predictor.hash_table import Width
 from predictor.tokens import DECODER, ENCODER
 from predictor.traces import Trace, join
 from predictor.training import TrainSettings, distillation_loss
@@ -138,7 +139,7 @@ def test_a_hash_function_fits_the_trace_of_a_real_model_token_for_token(world):
     embedding = torch.zeros(shape.vocab_size, 8)
     network = HashFunction(shape, 8, 8)
     assert distillation_loss(network, trace, shape, embedding, TrainSettings()).isfinite()
-    table = LSTMPredictor(network, shape, embedding, 3).predict(trace.tokens)
+    table = LSTMPredictor(network, shape, embedding, Width(3)).predict(trace.tokens)
     for layer in range(shape.layers):
         assert len(table.experts[layer]) == len(trace.layers[layer].top)
     assert set(shape.streams) <= {ENCODER, DECODER}
