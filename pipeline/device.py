@@ -30,6 +30,7 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
+        top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
     """
@@ -44,6 +45,7 @@ class ExecutorSpec:
     background: bool = True
     demand: bool = False
     predictor: PredictorSpec | None = None
+    top_t: int | None = None
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,17 @@ class BatchStats:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One line of the journal."""
+    """What comes back of a batch."""
 
     batch: int
     results: list[Result]
     stats: BatchStats
+    trace: Trace | None = None
+    """What the routers decided, if that is to be saved."""
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """One line of the journal: all but the trace."""
+        return {"batch": self.batch, "results": self.results, "stats": asdict(self.stats)}
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Executor:
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
         table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
-        done = self._compute.submit(self._run, batch, table).result()
+        done = self._compute.submit(self._run, batch, table, self._spec.top_t if table is None else None).result()
         moved = done.moved
         stats = BatchStats(
             start=done.start,
@@ -160,7 +163,8 @@ class Executor:
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats)
+        trace = Trace(batch.tokens, tuple(done.answer.decisions)) if self._spec.top_t is not None and table is None else None
+        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats, trace)
 
     def trace(self, batch: Batch, top_t: int) -> Trace:
         """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""

@@ -159,6 +159,23 @@ class InOrder:
         self._file.close()
 
 
+def check_writable(path: Path, key: str) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        ConfigError: the file that `key` names cannot be written.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{key}: {path} is a directory; name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path.parent}: {error.strerror}") from None
+    if not writable:
+        raise ConfigError(f"{key}: {path.parent} cannot be written to")
+
+
 def check_lasting(path: Path) -> None:
     """
     Raises:

@@ -20,15 +20,17 @@ from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError, ModelError
 from pipeline.machine import cores, free_device_memory
 from pipeline.models import ModelSpec, describe
+from pipeline.predictor_place import choose_predictor_device, planned_stand_ins, slots_beside
 from pipeline.rehearsal import ArenaModel
 from pipeline.tasks import Task, make_task
 from predictor.registry import HashPredictor, PredictorSpec, check, make
 from predictor.stand_ins import Plan
+from predictor.traces import TOP_T
 from store.arena import Arena, available_memory, free_bytes
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.load import routers_identity
-from store.slots import parse_budget, parse_bytes
+from store.slots import parse_budget
 from store.weights import Weights
 
 ACTIVATION_BYTES = 2**30
@@ -73,8 +75,8 @@ class Prepared:
     def executor_spec(self, background: bool = True) -> ExecutorSpec:
         """Leaves one core to the Predictor if there is another."""
         threads = max(1, cores() - 1)
-        store = self.config.store
-        return ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, self.device, threads, background)
+        policy, top_t = self.config.store.policy, TOP_T if self.config.trace.save is not None else None
+        return ExecutorSpec(self.model, self.task, self.arena, self.slots, policy, self.device, threads, background, top_t=top_t)
 
     def predictor_spec(self, identity: str, made: Path | None = None) -> PredictorSpec:
         """
@@ -115,7 +117,7 @@ def prepare(config: Config) -> Prepared:
     else:
         free = (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES
     predictor_device = choose_predictor_device(config, device)
-    plan, stand_in_bytes = _stand_ins(config, layout)
+    plan, stand_in_bytes = planned_stand_ins(config, layout)
     slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, free))
     if predictor_device == "executor":  # all that stands for experts on the Executor's device counts
         slots = slots_beside(stand_in_bytes, config.store.budget, layout, max(0, free))
@@ -155,57 +157,6 @@ def prepare(config: Config) -> Prepared:
         stand_in_bytes,
         identity,
     )
-
-
-def choose_predictor_device(config: Config, device: str) -> str:
-    """Where the predictor computes: "cpu" or "cuda:0" in the Predictor actor, or "executor".
-
-    `auto` is the Predictor actor: on a GPU of its own for a rehearsal, where torch sees two, else on the CPU. A rehearsal that has
-    but one GPU, the Executor's, runs in its process: two processes on one GPU take turns, and would hold the backbone twice.
-
-    Args:
-        device: the Executor's.
-
-    Raises:
-        ConfigError: a GPU of its own is wanted, and there is none.
-    """
-    wanted, gpus = config.predictor.device, torch.cuda.device_count() if device != "cpu" else 0
-    if wanted == "cuda" and gpus < 2:
-        raise ConfigError(
-            f"predictor.device: cuda is a GPU beside the Executor's, and torch finds {gpus}; "
-            "write `executor` to share one with it, or `cpu`"
-        )
-    if wanted == "auto" and config.predictor.kind == "rehearsal" and gpus:
-        wanted = "cuda" if gpus > 1 else "executor"
-    if wanted == "executor":
-        return "executor"
-    return "cuda:0" if wanted == "cuda" else "cpu"  # Ray shows an actor its own GPU as the first
-
-
-def _stand_ins(config: Config, layout: ArenaLayout) -> tuple[Plan | None, int]:
-    """What is to be made for a rehearsal, if anything, and the bytes of what it will hold."""
-    if config.predictor.kind != "rehearsal":
-        return None, 0
-    if config.predictor.path is None:
-        plan = stand_ins.plan(config.predictor.stand_ins, layout)
-        return plan, plan.nbytes
-    path = Path(config.predictor.path)
-    return None, path.stat().st_size if path.is_file() else 0  # that it is not, check_predictor says
-
-
-def slots_beside(nbytes: int, budget: str, layout: ArenaLayout, free: int) -> int:
-    """The slots that a budget buys beside a predictor's stand-ins.
-
-    Raises:
-        SpaceError: they alone are more than the budget.
-    """
-    whole = parse_bytes(budget, layout.expert_bytes, free, "store.budget")
-    if nbytes > whole:
-        raise SpaceError(
-            f"store.budget: {budget!r} is {whole} bytes, the predictor's stand-ins on the same device take {nbytes}: "
-            f"{nbytes - whole} bytes short; raise it, or lower predictor.stand_ins.budget"
-        )
-    return (whole - nbytes) // layout.slot_bytes
 
 
 def choose_device(wanted: str) -> str:

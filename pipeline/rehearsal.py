@@ -153,7 +153,7 @@ class ArenaModel:
         return load_embedding(self.arena, self.spec.embedding)
 
     def rehearser(self, stand_ins: StandIns, device: str) -> Rehearser:
-        """On a CPU it reads the arena's pages, and has no lock on the arena: who asks for a table must not keep it from being removed."""
+        """On a CPU it reads the arena's pages, but has no lock on it: a predictor must not keep an arena from being removed."""
         arena = self.attached or Arena.attach(self.arena)
         assert arena is not None, self.arena
         rehearser = Rehearser(self.spec, arena, stand_ins.to(torch.device(device)), torch.device(device))

@@ -15,11 +15,12 @@ from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import Actors, open_store, run_batches, start_store
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
-from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
+from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.report import report
 from pipeline.timeline import timeline
+from pipeline.watch import Watch
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -34,6 +35,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     prepared = prepare(config)
     check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
+    if config.trace.save is not None:
+        check_writable(Path(config.trace.save), "trace.save")
     output = OutputDir(config)
     try:
         entries = output.unfinished(prepared.identity)
@@ -49,11 +52,14 @@ def run(config: Config) -> dict[str, Any]:
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
-                entries = _execute(actors, prepared, output, entries)
+                watch = Watch(prepared, output.path, predictor)
+                entries = _execute(actors, prepared, output, entries, watch)
                 actors.finish()
             finally:
                 _stop(store, actors, config.store.keep)
+        watch.finish()
         metrics = _metrics(prepared, entries, arena)
+        metrics["prediction"]["drift"] = watch.drifted
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
@@ -84,7 +90,9 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
     return arena
 
 
-def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _execute(
+    actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]], watch: Watch
+) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns all of the journal's entries.
 
     Under hash routing a second pass asks the model's own routers, to say how far the answers are from exact.
@@ -108,6 +116,7 @@ def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: lis
                 now = time.perf_counter()
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
+                watch.saw(item)
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))
@@ -140,6 +149,7 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
             "total": prepared.layout.expert_bytes,
             "budget": prepared.budget_bytes,
             "resident_peak": max(s.resident_peak_bytes for s in stats),
+            "stand_ins": prepared.stand_in_bytes,
         },
         "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
         "arena": {

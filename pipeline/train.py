@@ -7,7 +7,6 @@ a trace already, that of a run say, starts from that (`trace.load`).
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from pipeline import stand_ins
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError
 from pipeline.executor import Executor
+from pipeline.output import check_writable
 from pipeline.prepare import Prepared, prepare
 from pipeline.progress import bar
 from pipeline.rehearsal import ArenaModel
@@ -55,7 +55,9 @@ def train(config: Config) -> Accuracy:
     if config.predictor.path is None:
         raise ConfigError("predictor.path: train needs to know where to write")
     path = Path(config.predictor.path)
-    _check_writable(path)
+    check_writable(path, "predictor.path")
+    if config.trace.save is not None:
+        check_writable(Path(config.trace.save), "trace.save")
     prepared = prepare(replace(config, predictor=replace(config.predictor, path=None)))  # it is to be made, not read
     if len(prepared.rows) < 2 and config.predictor.kind != "oracle" and config.trace.load is None:
         raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
@@ -81,19 +83,6 @@ def _trace(prepared: Prepared, arena: Arena) -> traces.Trace:
         traces.save(trace, Path(config.save), shape, arena.identity)
         print(f"saved the trace: {config.save}")
     return trace
-
-
-def _check_writable(path: Path) -> None:
-    """Before the work, not after it."""
-    if path.is_dir():
-        raise ConfigError(f"predictor.path: {path} is a directory; name the file to write")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError as error:
-        raise ConfigError(f"predictor.path: {path.parent}: {error.strerror}") from None
-    if not writable:
-        raise ConfigError(f"predictor.path: {path.parent} cannot be written to")
 
 
 def record(prepared: Prepared) -> traces.Trace:

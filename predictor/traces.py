@@ -88,17 +88,18 @@ def load(path: Path, shape: RoutingShape, identity: str) -> Trace:
     """Reads a trace of this very model.
 
     Raises:
-        PredictorError: no such file, damaged, or recorded from another model.
+        PredictorError: no such file, damaged, or recorded from another model or one of another number of MoE layers.
     """
     tensors, _ = load_checked(path, "trace", identity)
+    layers = sum(name.startswith("top.") for name in tensors)
+    if layers != len(shape.experts):
+        raise PredictorError(f"{path}: a trace of {layers} MoE layers, the model has {len(shape.experts)}; record a new one")
     streams = []
     for s in range(1 + max(shape.streams)):
         ends = np.cumsum(tensors[f"lengths.{s}"])[:-1]
         streams.append(tuple(np.split(tensors[f"ids.{s}"].astype(np.int64), ends)))
-    layers = tuple(
-        LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"]) for i in range(shape.layers)
-    )
-    return Trace(TokenBatch(tuple(streams)), layers)
+    decisions = tuple(LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"]) for i in range(layers))
+    return Trace(TokenBatch(tuple(streams)), decisions)
 
 
 def save_atomically(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:

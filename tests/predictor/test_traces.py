@@ -153,3 +153,11 @@ def test_a_save_while_another_reads_gives_the_reader_the_old_or_the_new_file(tmp
         save_atomically({"x": np.ones(1000)}, path, metadata)
         assert reader.read()[-8000:] == np.zeros(1000).tobytes()
     assert (load_checked(path, "trace", "id")[0]["x"] == 1).all()
+
+
+def test_load_refuses_a_trace_with_another_number_of_moe_layers(tmp_path):
+    path = tmp_path / "trace.safetensors"
+    fewer = RoutingShape(SHAPE.experts[:1], SHAPE.streams[:1], SHAPE.top_k, SHAPE.vocab_size)
+    whole = make_trace(11)
+    save(Trace(whole.tokens, whole.layers[:1]), path, fewer, "id")
+    assert f"a trace of 1 MoE layers, the model has {len(SHAPE.experts)}" in refused(path)

@@ -1,0 +1,91 @@
+"""Rehearsal through Ray's actors, and free labels: a run saves its trace, `train` learns from it, another run uses that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cluster import cluster
+from pipeline.config import parse
+from pipeline.run import run
+from pipeline.train import train
+from predictor.stand_ins import StandIns, load, save
+from tests.conftest import SENTENCES, config_data, read_jsonl, save_switch, write_tsv
+
+pytestmark = pytest.mark.slow
+ROWS = [f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(80)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_ray():
+    with cluster(None):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("prediction") / "switch"
+    save_switch(directory)
+    return directory
+
+
+@pytest.fixture
+def settings(tmp_path, model):
+    (tmp_path / "arenas").mkdir()
+    data = write_tsv(tmp_path / "data.tsv", ROWS)
+
+    def make(output: str, **changes):
+        changes["predictor"] = {"kind": "rehearsal", "stand_ins": {"kind": "4bit", "budget": "60%"}} | changes.pop("predictor", {})
+        return parse(config_data(model, data, tmp_path / "arenas", tmp_path / output, **changes), "test")
+
+    return make
+
+
+def scores(directory: Path) -> np.ndarray:
+    return np.array([row["scores"] for row in read_jsonl(directory / "predictions.jsonl")])
+
+
+@pytest.mark.parametrize("device", ["cpu", "executor"])
+def test_answers_are_the_same_whoever_predicts_and_wherever(settings, tmp_path, device):
+    store = {"budget": "70%", "policy": "lookahead", "directory": str(tmp_path / "arenas")}
+    metrics = run(settings("rehearsed", predictor={"device": device}, store=store))
+    run(settings("by-chance", predictor={"kind": "random"}, store=store))
+    np.testing.assert_allclose(scores(tmp_path / "rehearsed"), scores(tmp_path / "by-chance"), rtol=1e-5, atol=1e-5)
+    assert metrics["prediction"]["kind"] == "rehearsal"
+    assert metrics["prediction"]["per_layer"]["top1"][0] == 1
+    assert metrics["prediction"]["ms_per_batch"] > 0
+    assert (metrics["expert_bytes"]["stand_ins"] > 0) and not list((tmp_path / "arenas").iterdir())
+
+
+@pytest.mark.parametrize("routing", ["exact", "hash"])
+def test_a_run_saves_its_trace_and_train_learns_from_it(settings, tmp_path, routing):
+    saved, made = tmp_path / "trace.safetensors", tmp_path / "stand-ins.safetensors"
+    run(settings("first", trace={"save": str(saved)}, routing=routing))
+    assert not (tmp_path / "first" / "trace").exists()
+    train(settings("none", predictor={"path": str(made)}, trace={"load": str(saved)}, train={"holdout": 0.3}))
+    metrics = run(settings("second", predictor={"path": str(made)}))
+    assert metrics["prediction"]["drift"] is None
+    oracle = run(settings("third", predictor={"kind": "oracle", "path": str(saved)}))
+    assert oracle["prediction"]["top1"] == 1
+
+
+def test_a_predictor_that_does_worse_than_its_file_says_is_named_in_the_metrics(settings, tmp_path):
+    made = tmp_path / "stand-ins.safetensors"
+    train(settings("none", predictor={"path": str(made), "stand_ins": {"kind": "none"}}))
+    identity = _metadata(made)["identity"]
+    worse = load(made, 3, identity)
+    calibration = worse.calibration
+    assert calibration is not None
+    promised = type(calibration)(calibration.temperatures, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    save(StandIns(worse.method, worse.layers, promised), made, identity)
+    metrics = run(settings("drifted", predictor={"path": str(made)}))
+    assert "the predictor has drifted" in metrics["prediction"]["drift"]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as f:
+        return f.metadata()
