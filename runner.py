@@ -78,10 +78,12 @@ Writes into output_dir: predictions.jsonl, metrics.json, timeline.json, report.h
 A run that was killed is resumed by the same command; a finished one is run again."""
 
 TRAIN = """\
-Runs the model over the config's data, records what its routers decide, trains the predictor that predictor.kind
-names (lstm or token_table) on it, and writes predictor.path.
+Runs the model over the config's data, records what its routers decide (or reads trace.load), trains the predictor that
+predictor.kind names (lstm, token_table, rehearsal) on it, and writes predictor.path; beside it a picture of the
+training, *.curve.svg.
 
-Shows top-1 and top-3 per MoE layer on rows that are held out of training (train.holdout)."""
+Shows top-1 and top-3 per MoE layer on rows that had no part in it (train.holdout).
+A training that was killed goes on after its last epoch."""
 
 BENCH = """\
 Runs the config's data through every system of bench.systems, in turn, several rounds, for every one of bench.batch_sizes and

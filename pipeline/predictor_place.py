@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stand_ins import plan
 from predictor.stand_ins import Plan
+from predictor.traces import file_kind
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.slots import parse_bytes
@@ -41,14 +42,21 @@ def choose_predictor_device(config: Config, device: str) -> str:
 
 
 def planned_stand_ins(config: Config, layout: ArenaLayout) -> tuple[Plan | None, int]:
-    """What is to be made for a rehearsal, if anything, and the bytes of what it will hold."""
+    """What is to be made for a rehearsal, if anything, and the bytes of what it will hold.
+
+    Made is what `predictor.path` does not hold: nothing is named there, or, as when only `predictor.kind` was changed, another
+    kind's file, which is said.
+    """
     if config.predictor.kind != "rehearsal":
         return None, 0
-    if config.predictor.path is None:
-        wanted = plan(config.predictor.stand_ins, layout)
-        return wanted, wanted.nbytes
-    path = Path(config.predictor.path)
-    return None, path.stat().st_size if path.is_file() else 0  # that it is not, check_predictor says
+    path = Path(config.predictor.path) if config.predictor.path is not None else None
+    if path is not None:
+        kind = file_kind(path)
+        if kind in (None, "stand_ins"):  # what is wrong with a file that cannot be read, check_predictor says
+            return None, path.stat().st_size if path.is_file() else 0
+        print(f"{path} holds a {kind}: the rehearsal makes stand-ins of its own ({config.predictor.stand_ins.kind})", flush=True)
+    wanted = plan(config.predictor.stand_ins, layout)
+    return wanted, wanted.nbytes
 
 
 def slots_beside(nbytes: int, budget: str, layout: ArenaLayout, free: int) -> int:

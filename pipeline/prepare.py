@@ -85,7 +85,7 @@ class Prepared:
             made: the stand-ins that were made for a rehearsal.
         """
         config = self.config.predictor
-        path = Path(config.path).resolve() if config.path else made
+        path = made or (Path(config.path).resolve() if config.path else None)
         device = self.device if self.predictor_device == "executor" else self.predictor_device
         return PredictorSpec(
             config.kind, path, config.top_k, self.model.shape, identity, self.config.seed, config.mass, self.slots, device

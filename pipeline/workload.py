@@ -14,6 +14,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
+from pipeline.predictor_place import slots_beside
 from pipeline.prepare import Prepared, own_predictor
 from pipeline.progress import bar
 from pipeline.whole import Transformers, whole_model
@@ -43,8 +44,12 @@ class Combination:
     predictor: str | None = None
 
     def slots(self, workload: Workload) -> int:
-        layout = workload.prepared.layout
-        return parse_budget(self.budget or "100%", layout.expert_bytes, layout.slot_bytes, layout.nbytes)
+        """Those that the budget leaves beside a rehearsal's stand-ins, if they lie on the same device."""
+        prepared, layout = workload.prepared, workload.prepared.layout
+        budget = self.budget or "100%"
+        if self.predictor == "rehearsal" and prepared.predictor_device == "executor":
+            return slots_beside(prepared.stand_in_bytes, budget, layout, layout.nbytes)
+        return parse_budget(budget, layout.expert_bytes, layout.slot_bytes, layout.nbytes)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workl
     makers: dict[str, HashPredictor] = {"oracle": oracle}
     if config.bench.recall is not None:
         makers[f"oracle worsened to {config.bench.recall:g}"] = Worsened(oracle, shape, config.bench.recall, config.seed)
-    if config.predictor.path is not None or prepared.stand_ins is not None:
+    if config.predictor.path is not None or config.predictor.kind == "rehearsal":
         makers[config.predictor.kind] = own_predictor(prepared, arena.identity)
     tables = {name: [timed(maker, batch.tokens) for batch in prepared.batches] for name, maker in makers.items()}
     uses = [_uses(trace, shape.top_k) for trace in recorded]

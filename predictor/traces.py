@@ -136,3 +136,12 @@ def load_checked(path: Path, kind: str, identity: str) -> tuple[dict[str, np.nda
             "train one for this model with `python runner.py train CONFIG`"
         )
     return tensors, metadata
+
+
+def file_kind(path: Path) -> str | None:
+    """What a file of `save_atomically` says that it is; None: there is no such file, or it does not say."""
+    try:
+        with safe_open(path, framework="np") as f:
+            return (f.metadata() or {}).get("kind")
+    except (OSError, SafetensorError):
+        return None

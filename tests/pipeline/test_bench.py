@@ -99,6 +99,15 @@ def test_every_system_has_a_row_for_all_that_it_can_be_given(report):
     }
 
 
+def test_a_rehearsal_needs_no_file_to_have_rows_of_its_own(root):
+    predictor = {"kind": "rehearsal", "top_k": 1, "stand_ins": {"kind": "4bit", "budget": "100%"}}
+    rows = bench(config(root, "rehearsal", predictor, systems=["sida"], budgets=["50%"]))["rows"]
+    assert [row["predictor"] for row in rows] == ["oracle", "rehearsal"]
+    assert rows[1]["recall"] > 0.9
+    assert rows[1]["predict_ms"] > 0
+    assert rows[1]["max_error"] < 1e-5
+
+
 def test_rows_have_the_keys_that_the_docs_explain(report):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     explained = re.findall(r"^\| `(\w+)` \|", page.partition("## The rows of bench.json")[2].partition("\n## ")[0], re.M)

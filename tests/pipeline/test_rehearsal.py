@@ -23,7 +23,7 @@ from predictor.hash_table import Width
 from predictor.rehearsal import Rehearsal
 from predictor.stand_ins import load
 from predictor.tokens import TokenBatch
-from predictor.traces import Trace
+from predictor.traces import Trace, save_atomically
 from predictor.training import TrainSettings, evaluate, fit
 from store.actor import ExpertStore
 from store.arena import Arena
@@ -159,6 +159,14 @@ def test_a_kept_file_that_was_cut_short_is_said_and_made_anew(tmp_path, model, c
         load(path, prepared.model.shape.layers, arena.identity)
         said = capsys.readouterr().out
         assert f"{path}: truncated" in said and "making it anew" in said and said.count("\n") == 1
+
+
+def test_where_the_path_holds_another_kind_of_predictor_stand_ins_are_made_and_that_is_said(tmp_path, model, capsys):
+    path = tmp_path / "lstm.safetensors"
+    save_atomically({}, path, {"kind": "lstm"})
+    prepared = prepare(config(tmp_path, model[0], predictor={"path": str(path)}))
+    assert prepared.stand_ins is not None
+    assert f"{path} holds a lstm" in capsys.readouterr().out
 
 
 # where it runs

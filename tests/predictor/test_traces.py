@@ -14,7 +14,7 @@ import pytest
 from predictor import traces
 from predictor.errors import PredictorError
 from predictor.tokens import DECODER, ENCODER, RoutingShape
-from predictor.traces import Trace, join, load, load_checked, save, save_atomically, select
+from predictor.traces import Trace, file_kind, join, load, load_checked, save, save_atomically, select
 from tests.predictor.made_traces import ragged, random_trace, same_trace
 
 VOCAB = 40
@@ -58,6 +58,15 @@ def test_a_trace_comes_back_from_disk_as_it_was(tmp_path):
     save(trace, tmp_path / "new" / "trace.safetensors", SHAPE, "id")
     assert same_trace(load(tmp_path / "new" / "trace.safetensors", SHAPE, "id"), trace)
     assert os.listdir(tmp_path / "new") == ["trace.safetensors"]
+
+
+def test_a_file_says_what_it_is_or_nothing(tmp_path):
+    path = tmp_path / "trace.safetensors"
+    assert file_kind(path) is None
+    save(make_trace(4), path, SHAPE, "id")
+    assert file_kind(path) == "trace"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert file_kind(path) is None
 
 
 def refused(path: Path, identity: str = "id") -> str:
