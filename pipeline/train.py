@@ -29,7 +29,7 @@ from predictor import traces
 from predictor.accuracy import Accuracy
 from predictor.calibration import Calibration
 from predictor.checkpoint import Checkpoint
-from predictor.distil import Distillation, is_trainable
+from predictor.distil import Distillation
 from predictor.hash_function import LSTMPredictor
 from predictor.hash_table import Width
 from predictor.registry import save_lstm, save_token_table
@@ -136,7 +136,7 @@ def _stand_ins(prepared: Prepared, arena: Arena, parts: list[traces.Trace], path
     def rehearsal(of: StandIns) -> Rehearsal:
         return Rehearsal(model.rehearser(of, prepared.device), None, shape, Width(3))
 
-    if is_trainable(made):
+    if made.nbytes:
         print(f"undistilled, held out: {_both(evaluate(rehearsal(made), parts[1], shape))}")
 
         def under_way(of: StandIns) -> tuple:

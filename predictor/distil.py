@@ -1,4 +1,4 @@
-"""Distilling low-rank stand-ins on a trace: their factors learn to make the routers that come after them say what they said.
+"""Distilling stand-ins on a trace: factors, or quantised rows' steps, learn to make the routers after them say what they said.
 
 A truncated SVD keeps an expert's matrices near for any input. What a rehearsal needs is less: that on inputs that occur the next
 routers choose alike. So the whole rehearsal is trained, backbone and routers held still, and no label is needed but the trace.
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from predictor.matrices import FLOAT, LowRank, Matrices
+from predictor.matrices import FLOAT, Matrices
 from predictor.registry import HashPredictor
 from predictor.stand_ins import StandIns, again
 from predictor.tokens import RoutingShape, TokenBatch
@@ -34,7 +34,7 @@ class Distillation:
     ):
         """
         Args:
-            stand_ins: of low rank, on the device that they are trained on.
+            stand_ins: some, on the device that they are trained on.
             rehearser: a rehearsal that reads the very stand-ins it is given, for training and as a predictor.
         """
         self._names: dict[str, torch.nn.Parameter] = {}
@@ -42,9 +42,11 @@ class Distillation:
         for number, parts in enumerate(stand_ins.layers):
             layer: dict[str, Matrices] = {}
             for part, matrices in parts.items():
-                tensors = {name: torch.nn.Parameter(tensor.float()) for name, tensor in matrices.tensors.items()}
-                self._names |= {f"{number}.{part}.{name}": tensor for name, tensor in tensors.items()}
-                layer[part] = again(stand_ins.method, dict(tensors))
+                tensors = dict(matrices.tensors)
+                for name in [name for name, tensor in tensors.items() if tensor.is_floating_point()]:
+                    learned = torch.nn.Parameter(tensors[name].float())
+                    self._names[f"{number}.{part}.{name}"] = tensors[name] = learned
+                layer[part] = again(stand_ins.method, tensors)
             layers.append(layer)
         self._shape, self._settings = shape, settings
         self._training = replace(stand_ins, layers=tuple(layers))
@@ -69,10 +71,9 @@ class Distillation:
         """As they are now, in the dtype that they are stored in."""
         layers = []
         for parts in self._training.layers:
-            stored = {part: {name: t.detach().to(FLOAT) for name, t in m.tensors.items()} for part, m in parts.items()}
-            layers.append({part: again(self._training.method, tensors) for part, tensors in stored.items()})
+            layers.append({part: again(self._training.method, _stored(m.tensors)) for part, m in parts.items()})
         return replace(self._training, layers=tuple(layers))
 
 
-def is_trainable(stand_ins: StandIns) -> bool:
-    return any(isinstance(matrices, LowRank) for parts in stand_ins.layers for matrices in parts.values())
+def _stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.detach().to(FLOAT) if t.is_floating_point() else t for name, t in tensors.items()}
