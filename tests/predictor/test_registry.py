@@ -12,11 +12,12 @@ import torch
 
 from predictor import traces
 from predictor.baselines import Oracle, Random
+from predictor.calibration import Calibration
 from predictor.errors import PredictorError
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import Width
 from predictor.matrices import LowRank
-from predictor.registry import KINDS, PredictorSpec, make, save_lstm, save_token_table
+from predictor.registry import KINDS, PredictorSpec, calibration_of, make, save_lstm, save_token_table
 from predictor.rehearsal import Rehearsal, Rehearsed
 from predictor.stand_ins import StandIns
 from predictor.stand_ins import save as save_stand_ins
@@ -177,3 +178,31 @@ def test_a_failed_save_leaves_the_old_predictor(tmp_path, monkeypatch, kind):
         write(kind, path, identity="new")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "token_table", "rehearsal"])
+def test_what_was_found_on_held_out_rows_is_in_the_file(tmp_path, kind):
+    path = tmp_path / "predictor.safetensors"
+    found = Calibration((0.5, 2.0), (0.9, 0.8), (1.0, 0.9))
+    if kind == "lstm":
+        save_lstm(HashFunction(SHAPE, 12, 16), path, SHAPE, "id", found)
+    elif kind == "token_table":
+        save_token_table(TokenTable.fit(make_trace(), SHAPE, Width(3)), path, "id", found)
+    else:
+        save_stand_ins(StandIns("none", ({}, {}), found), path, "id")
+    assert calibration_of(spec(kind, path)) == found
+    write(kind, path)
+    assert calibration_of(spec(kind, path)) is None  # made, and judged by nobody
+
+
+def test_an_lstm_is_as_sure_as_its_file_says(tmp_path):
+    torch.manual_seed(0)
+    network, tokens = HashFunction(SHAPE, 12, 16), make_trace().tokens
+    sure = {}
+    for temperature in (0.1, 10.0):
+        path = tmp_path / f"{temperature}.safetensors"
+        save_lstm(network, path, SHAPE, "id", Calibration((temperature,) * 2, (1.0, 1.0), (1.0, 1.0)))
+        sure[temperature] = make(spec("lstm", path), MODEL).predict(tokens)
+    for layer in range(SHAPE.layers):
+        np.testing.assert_array_equal(sure[0.1].experts[layer][:, 0], sure[10.0].experts[layer][:, 0])
+        assert (sure[0.1].probability[layer][:, 0] > sure[10.0].probability[layer][:, 0]).all()
