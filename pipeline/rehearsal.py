@@ -102,6 +102,8 @@ class Rehearser:
 
     @torch.inference_mode()
     def __call__(self, tokens: TokenBatch) -> list[Rehearsed]:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # stand-ins in training change on that one
         with torch.cuda.stream(self._stream):
             return [
                 Rehearsed(r.logits.float().cpu().numpy(), r.chosen.cpu().numpy(), r.weights.float().cpu().numpy())
