@@ -10,7 +10,9 @@ import difflib
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
@@ -21,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError
-from pipeline.executor import Executor
+from pipeline.executor import BatchResult, Executor
 from pipeline.whole import Pass, Transformers, numbers, whole_model
 from pipeline.window import Window
 from pipeline.workload import Combination, Workload, mapped
@@ -45,21 +47,20 @@ class InProcess:
         self._executor = Executor(spec)
         self._executor.ready()
         self._window = Window(spec.slots, workload.prepared.config.predictor.lookahead)
-        self._planned: dict[int, Prediction] = {}
-        self._next = self._to_plan = 0
+        self._next = 0  # batches are numbered on from round to round
 
     def run(self, batches: list[Batch]) -> Pass:
-        first, count = self._next, len(batches)
-        self._next += count
+        waiting, under_way = deque(batches), deque[Future[BatchResult]]()
         outputs, times, stats = [], [], []
-        start = time.perf_counter()
-        for number in range(first, first + count):
-            began = time.perf_counter()
-            self._plan(batches, min(first + count, number + 1 + self._window.lookahead))
-            batch = replace(batches[number % count], index=number)
-            result = self._executor.execute(batch, self._planned.pop(number, None), self._routing)
+        start = last = time.perf_counter()
+        while waiting or under_way:
+            while waiting and len(under_way) <= self._window.lookahead:
+                under_way.append(self._submit(waiting.popleft()))
+            result = under_way.popleft().result()
+            now = time.perf_counter()
             self._window.saw(result.stats.predicted_uses)
-            times.append((time.perf_counter() - began) * 1e3)
+            times.append((now - last) * 1e3)
+            last = now
             outputs.append(numbers(result.results))
             stats.append(result.stats)
         return Pass(time.perf_counter() - start, outputs, times, stats)
@@ -67,13 +68,10 @@ class InProcess:
     def close(self) -> None:
         self._executor.close()
 
-    def _plan(self, batches: list[Batch], end: int) -> None:
-        """Plans all batches before `end`, a number that goes on from round to round."""
-        while self._predictor is not None and self._to_plan < end:
-            table = _handed_over(self._workload.table(self._predictor, batches[self._to_plan % len(batches)]))
-            self._executor.plan(self._to_plan, table, self._routing)
-            self._planned[self._to_plan] = table
-            self._to_plan += 1
+    def _submit(self, batch: Batch) -> Future[BatchResult]:
+        table = None if self._predictor is None else _handed_over(self._workload.table(self._predictor, batch))
+        number, self._next = self._next, self._next + 1
+        return self._executor.submit(replace(batch, index=number), table, self._routing)
 
 
 def _handed_over(prediction: Prediction) -> Prediction:

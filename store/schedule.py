@@ -120,14 +120,17 @@ class Schedule:
     def _pass(self, position: int) -> None:
         """Takes a position out of the future."""
         for key in self._wanted.pop(position, ()):
-            self._set_aside.discard((position, key))
-            if self._early.get(key) == position:
-                del self._early[key]
-            uses = self._next_uses[key]
-            first = uses[0] == position
-            uses.remove(position)
-            if first:
-                self._policy.wanted(key, uses[0] if uses else None)
+            self._want_no_more(position, key)
+
+    def _want_no_more(self, position: int, key: Key) -> None:
+        self._set_aside.discard((position, key))
+        if self._early.get(key) == position:
+            del self._early[key]
+        uses = self._next_uses[key]
+        first = uses[0] == position
+        uses.remove(position)
+        if first:
+            self._policy.wanted(key, uses[0] if uses else None)
 
     def _next_copy(self) -> tuple[Key, torch.Tensor] | None:
         """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
