@@ -1,8 +1,7 @@
 """Where the work of a device is put in order: a compute lane that reads experts, and a copy lane that brings them.
 
 A lane does what it is given in the order in which it was given, and does not care for the other unless it is told to wait for it.
-(The copy lane may overlap two fills that follow each other; no more than that.) The order of events that keeps a reader right is
-made of two operations:
+The order of events that keeps a reader right is made of two operations:
 
 `fill`      on the copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
             address into the expert's entry of the pointer table. Until then a kernel that reads the entry finds the host's address.
@@ -112,10 +111,7 @@ class CudaMark:
 
 
 class CudaLanes:
-    """Lanes on a GPU: streams, and blocks in registered memory.
-
-    Copies take turns on two streams: what surrounds one, a few microseconds of stores and events, is hidden by the other.
-    """
+    """Lanes on a GPU: two streams, and blocks in registered memory."""
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         layers = arena.layout.layers
@@ -124,24 +120,20 @@ class CudaLanes:
         self._nbytes = [layer.block.nbytes for layer in layers]
         self._slots = [slots.address(slot) for slot in range(slots.count)]
         self._table = table
-        self._copy_streams = [torch.cuda.Stream(slots.memory.device) for _ in range(2)]  # kept: their handles die with them
-        self._compute = compute.cuda_stream
-        self.clock = Clock(self._compute)
+        self._copy_stream = torch.cuda.Stream(slots.memory.device)  # kept: its handle dies with it
+        self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
+        self.clock = Clock(self._copy)
         self._context = cuda.context()
 
     def fill(self, key: Key, slot: int) -> Mark:
         cuda.use(self._context)  # the copy thread's first call may be this
         layer, expert = key
-        copy = self._copy_streams[0].cuda_stream
-        self._copy_streams.reverse()
-        begun = cuda.Event(copy)
-        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], copy)
-        cuda.store(self._table.entry_address(key), self._slots[slot], copy)
-        return CudaMark(begun, cuda.Event(copy), self.clock)
+        begun = cuda.Event(self._copy)
+        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
+        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
+        return CudaMark(begun, cuda.Event(self._copy), self.clock)
 
     def withdraw(self, key: Key) -> None:
         cuda.use(self._context)
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
-        withdrawn = cuda.Event(self._compute)
-        for copy in self._copy_streams:
-            cuda.wait(copy.cuda_stream, withdrawn)
+        cuda.wait(self._copy, cuda.Event(self._compute))

@@ -488,7 +488,7 @@ def roughen(executor: Executor) -> None:
         return in_parts
 
     def late_fill(key, slot: int):
-        with torch.cuda.stream(lanes._copy_streams[0]):  # the next one's
+        with torch.cuda.stream(lanes._copy_stream):
             engine.slots._slots[slot].fill_(255)
             torch.cuda._sleep(int(copying.integers(cycles)))
         return fill(key, slot)
