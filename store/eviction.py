@@ -32,7 +32,7 @@ class Policy(Protocol):
     def evicted(self, key: Key) -> None:
         """`key` has lost its slot."""
 
-    def wanted(self, key: Key, position: int | None) -> None:
+    def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         """The queued tables now want `key`, resident or not, at `position` first; None: no longer."""
 
     def order(self) -> Iterator[Key]:
@@ -56,7 +56,7 @@ class FIFO:
     def evicted(self, key: Key) -> None:
         del self._keys[key]
 
-    def wanted(self, key: Key, position: int | None) -> None:
+    def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         pass
 
     def order(self) -> Iterator[Key]:
@@ -96,7 +96,7 @@ class LookAhead:
     def evicted(self, key: Key) -> None:
         self._remove(key)
 
-    def wanted(self, key: Key, position: int | None) -> None:
+    def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         if position is None:
             self._next_use.pop(key, None)
         else:
