@@ -58,7 +58,7 @@ class CopyEngine(JustInTime):
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
-            for key in pinned:
+            for key in keys:
                 self._policy.used(key)
             held = set(pinned)
             weights = [self.slots.weights(key, in_slot=key in held) for key in keys]
