@@ -37,6 +37,9 @@ class Policy(Protocol):
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         """The queued tables now want `key`, resident or not, at `position` first, and so surely; None: no longer."""
 
+    def finished(self) -> None:
+        """A batch has ended."""
+
     def order(self) -> Iterator[Key]:
         """The resident experts, first to go first. Not to be changed while iterating."""
 
@@ -59,6 +62,9 @@ class FIFO:
         del self._keys[key]
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
+        pass
+
+    def finished(self) -> None:
         pass
 
     def order(self) -> Iterator[Key]:
@@ -91,13 +97,17 @@ class LFU(FIFO):
 class LIFO(FIFO):
     """First any that the batch does not use, then last in, first out (Towards MoE Deployment, section 6).
 
-    Within a batch experts run in turn: the last one in is the last to come again. What the batch uses, tables say, or a router that
-    has just decided; of those that it does not use the oldest goes first.
+    Within a batch experts run in turn: the last one in is the last to come again. What the batch is going to use, tables say, or a
+    router that has just decided; of those that it does not use the oldest goes first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._wanted: set[Key] = set()
+        self._used: set[Key] = set()  # by the batch under way
+
+    def used(self, key: Key) -> None:
+        self._used.add(key)
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         if position is None:
@@ -105,9 +115,13 @@ class LIFO(FIFO):
         else:
             self._wanted.add(key)
 
+    def finished(self) -> None:
+        self._used.clear()
+
     def order(self) -> Iterator[Key]:
-        yield from (key for key in self._keys if key not in self._wanted)
-        yield from (key for key in reversed(self._keys) if key in self._wanted)
+        active = self._wanted | self._used
+        yield from (key for key in self._keys if key not in active)
+        yield from (key for key in reversed(self._keys) if key in active)
 
 
 POLICIES: dict[str, type[Policy]] = {

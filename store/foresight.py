@@ -11,8 +11,11 @@ from collections.abc import Iterator
 
 from store.layout import Key
 
-HALF_LIFE = 2.0
+HALF_LIFE = 32.0
 """Of a use, beyond the tables' reach, in rounds of the resident experts: one use now weighs as much as two so long ago."""
+
+SMOOTHING = 0.01
+"""What one interval between uses counts for in their running mean."""
 
 
 class Priority:
@@ -47,6 +50,9 @@ class Priority:
         if position is not None:
             self._next_use[key] = (position, probability)
 
+    def finished(self) -> None:
+        pass
+
     def order(self) -> Iterator[Key]:
         return iter(sorted(self._keys, key=self._worth))
 
@@ -69,7 +75,9 @@ class LookAhead:
     looks_ahead = True
 
     def __init__(self) -> None:
-        self._next_use: dict[Key, float] = {}
+        self._wanted_at: dict[Key, int] = {}
+        self._next_use: dict[Key, float] = {}  # the same, later for those that may fail to come
+        self._interval = 0.0  # MoE layers between two uses of an expert, on average
         self._weight: dict[Key, float] = {}  # log2 of the sum of 2^(time of use), times in half-lives
         self._order: list[tuple[float, float, Key]] = []  # (minus the next use, weight, expert), ascending
         self._place: dict[Key, tuple[float, float, Key]] = {}  # of the resident ones, in _order
@@ -89,13 +97,20 @@ class LookAhead:
         self._remove(key)
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
+        before = self._wanted_at.pop(key, None)
         if position is None:
             self._next_use.pop(key, None)
         else:
-            self._next_use[key] = position
+            if before is not None and position > before:
+                self._interval += SMOOTHING * (position - before - self._interval)
+            self._wanted_at[key] = position
+            self._next_use[key] = position + (1 / probability - 1) * self._interval
         if key in self._place:
             self._remove(key)
             self._insert(key)
+
+    def finished(self) -> None:
+        pass
 
     def order(self) -> Iterator[Key]:
         return (key for _, _, key in self._order)

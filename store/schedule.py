@@ -91,6 +91,7 @@ class Schedule:
                 self._planned.remove(past)
                 for layer in range(self._layers):
                     self._pass(past * self._layers + layer)
+            self._policy.finished()
         self._proceed()
 
     def take(self) -> Movement:
