@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KIND=FILE",
         help="one more predictor, e.g. token_table=FILE; repeatable",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         predictors = {}
         for given in options.predictor:

@@ -106,10 +106,7 @@ def _panel(axes: Any, rows: list[Row]) -> None:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     for policy in dict.fromkeys(row["policy"] for row in rows):
         ys = [row["moves"] / max(row["uses"], 1) for row in rows if row["policy"] == policy]
-        style = STYLES.get(policy, "-")
-        axes.plot(
-            range(len(ys)), ys, marker="o", markersize=2.5, linewidth=1.3, color=COLOURS[policy], label=policy, linestyle=style
-        )
+        axes.plot(range(len(ys)), ys, linewidth=WIDTHS[policy], color=COLOURS[policy], label=policy, solid_capstyle="round")
     least = {row["budget"]: row["fewest_moves"] / max(row["uses"], 1) for row in rows}
     axes.plot(range(len(budgets)), list(least.values()), "--", color="black", linewidth=1.2, label="MIN (perfect foresight)")
     axes.set_xticks(range(len(budgets)), budgets)
