@@ -163,9 +163,8 @@ class DeviceCopyEngine(Schedule):
             used = np.flatnonzero(routed)
             missed = used[hits[used] == 0]
             if not self.is_complete:  # else nobody has to go, ever
-                for expert in used[hits[used] != 0].tolist():
-                    if (layer, expert) in self.slots:  # it may have gone since
-                        self._policy.used((layer, expert))
+                for expert in used.tolist():
+                    self._policy.used((layer, expert))
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
@@ -247,7 +246,7 @@ class DeviceCopyEngine(Schedule):
         with self._changed:
             self._under_way.popleft()
             self.slots.complete(key)
-            self.is_complete = self.is_complete or sum(self.slots.resident().values()) == self._experts
+            self.is_complete = self.is_complete or self.slots.ready_count == self._experts
             self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
             self._demanded.discard(key)
             if key in self._awaited:
