@@ -26,10 +26,12 @@ class GPUWork:
 
     def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None):
         self._gpu, self._batch, self._top_t = gpu, batch.index, top_t
-        self._inputs = gpu.spec.task.inputs(batch, padded)
-        masks = [self._inputs[name].numpy().reshape(-1) for name in MASKS if name in self._inputs]
+        host = gpu.spec.task.inputs(batch, padded)
+        masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
         self._real = [np.flatnonzero(mask) for mask in masks]
         self._tokens = [len(mask) for mask in masks]
+        # Pinned: a copy from other memory waits for all that the GPU has been given before.
+        self._inputs = {name: tensor.pin_memory() for name, tensor in host.items()}
         self._tables = self._padded(table) if table is not None else None
 
     def start(self) -> None:
@@ -77,7 +79,7 @@ class GPUWork:
             everywhere[self._real[stream]] = torch.from_numpy(experts.astype(np.int64))
             weights = torch.zeros(everywhere.shape, dtype=dtype)
             weights[self._real[stream]] = torch.from_numpy(scaling).to(dtype)
-            tables.append((everywhere, weights))
+            tables.append((everywhere.pin_memory(), weights.pin_memory()))
         return tables
 
     def _count(self) -> None:

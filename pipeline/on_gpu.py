@@ -169,7 +169,7 @@ class OnGPU:
 
     def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> Outputs:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
-        inputs = {name: tensor.to(self._device) for name, tensor in host.items()}
+        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
         if tables is not None:
             moved = [(experts.to(self._device), weights.to(self._device)) for experts, weights in tables]
