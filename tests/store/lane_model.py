@@ -1,7 +1,7 @@
-"""A device without a device: lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
+"""A device without a device: two lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
 
-One lane computes; copies take turns on two others. A layer runs in any number of parts, each of which computes the experts
-that it finds in slots and no part before it has computed, and then for all that are left (pipeline/grouping.py).
+A layer runs in any number of parts, each of which computes those experts that it finds in slots and no part before it has
+computed; the last computes all that are left (pipeline/grouping.py).
 
 Bytes are not moved: a slot holds an expert, by name, or rubbish. Every operation of a lane is one step, and whoever drives the
 model decides which lane steps next; whatever a step reads is checked where it is read, and the table after every step.
@@ -60,17 +60,17 @@ _CONTAINERS = {list, dict, set, deque, Counter, defaultdict}
 
 
 class SimulatedMark:
-    """A point of a lane: after so many operations."""
+    """A point of the copy lane: after so many operations."""
 
-    def __init__(self, lanes: SimulatedLanes, lane: str, point: int):
-        self.lanes, self.lane, self.point = lanes, lane, point
+    def __init__(self, lanes: SimulatedLanes, point: int):
+        self.lanes, self.point = lanes, point
 
     def on(self, lanes: SimulatedLanes) -> SimulatedMark:
         """The same point of a twin's."""
-        return SimulatedMark(lanes, self.lane, self.point)
+        return SimulatedMark(lanes, self.point)
 
     def is_reached(self) -> bool:
-        return self.lanes.has_reached(self.lane, self.point)
+        return self.lanes.has_reached("copy", self.point)
 
     def wait(self) -> None:
         assert self.is_reached(), "waits for a mark, and nobody steps"
@@ -86,7 +86,6 @@ class SimulatedLanes:
         memory: per slot what it holds.
         entries: the pointer table, of those whose entry points to a slot: expert -> slot.
         queues: what the lanes have still to do.
-        copy_lanes: by name, the one whose turn it is first.
         done: operations that each lane has done.
         filled: marks of fills that have been reached.
         used, found: of every layer that was given or has begun to run, the experts it uses, and those it reads from slots.
@@ -97,8 +96,7 @@ class SimulatedLanes:
     def __init__(self, slots: int):
         self.memory: list[Key | None] = [RUBBISH] * slots
         self.entries: dict[Key, int] = {}
-        self.copy_lanes = ["copy", "copy too"]
-        self.queues: dict[str, deque[tuple]] = {lane: deque() for lane in ("compute", *self.copy_lanes)}
+        self.queues: dict[str, deque[tuple]] = {"compute": deque(), "copy": deque()}
         self.done = Counter(dict.fromkeys(self.queues, 0))
         self.filled = 0
         self.used: dict[Layer, tuple[Key, ...]] = {}
@@ -109,14 +107,10 @@ class SimulatedLanes:
         self._read: dict[Layer, Places] = {}  # by the first matmul
 
     def state(self) -> tuple:
-        """All that what follows depends on, and `found`. Copy lanes are alike but for whose turn it is."""
+        """All that what follows depends on, and `found`."""
         computed = self.done["compute"]
         copying = tuple(
-            tuple(
-                ("wait", max(0, operation[1] - computed)) if operation[0] == "wait" else operation
-                for operation in self.queues[lane]
-            )
-            for lane in self.copy_lanes
+            ("wait", max(0, operation[1] - computed)) if operation[0] == "wait" else operation for operation in self.queues["copy"]
         )
         running = (self.found, self._served, self._computed, self._snapshots, self._read)
         return (
@@ -127,15 +121,12 @@ class SimulatedLanes:
     # What is given to the lanes.
 
     def fill(self, key: Key, slot: int) -> SimulatedMark:
-        lane = self.copy_lanes[0]
-        self.copy_lanes.reverse()
-        self.queues[lane] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
-        return self.mark(self, lane, self.point(lane))
+        self.queues["copy"] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
+        return self.mark(self, self.point("copy"))
 
     def withdraw(self, key: Key) -> None:
         self.queues["compute"].append(("withdraw", key))
-        for lane in self.copy_lanes:
-            self.queues[lane].append(("wait", self.point("compute")))
+        self.queues["copy"].append(("wait", self.point("compute")))
 
     def point(self, lane: str) -> int:
         """Where a lane is when it has done all that it was given."""
@@ -175,10 +166,10 @@ class SimulatedLanes:
         what, *details = self.queues[lane].popleft()
         self.done[lane] += 1
         getattr(self, f"_do_{what}")(*details)
-        for waiting in self.copy_lanes:
-            while self.queues[waiting] and self.queues[waiting][0][0] == "wait" and self.can_step(waiting):
-                self.queues[waiting].popleft()
-                self.done[waiting] += 1
+        copying = self.queues["copy"]
+        while copying and copying[0][0] == "wait" and self.can_step("copy"):
+            copying.popleft()
+            self.done["copy"] += 1
         self.check()
 
     def check(self) -> None:

@@ -34,7 +34,7 @@ def sure(*layers: Sequence[int]) -> Uses:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., DeviceCopyEngine]]:
-    """make(slots, policy, depth, held, layers, part) -> an engine, by default of two MoE layers of five experts, that has been started."""
+    """make(slots, policy, depth, held, layers, part) -> an engine of two MoE layers of five experts that has been started."""
     engines = []
 
     def made(
@@ -172,7 +172,7 @@ def count(
 
 def test_planned_experts_are_copied_in_the_order_of_layers_and_likelihood(make):
     engine = make(9, depth=2)
-    engine.plan(0, sure([D, A], [C, B]))
+    engine.plan(0, [[(D, 0.9), (A, 0.8)], [(C, 1.0), (B, 0.6)]])
     at_rest(engine)
     engine.plan(1, sure([B, A], []))
     at_rest(engine)
@@ -446,7 +446,7 @@ def test_a_part_is_computed_as_soon_as_enough_are_there_for_one_and_others_have_
 def test_who_stages_when_enough_are_there_for_a_part_is_not_held(make):
     engine = make(4, part=2, depth=1, held=[(0, C)])
     engine.plan(0, sure(range(5), []))
-    until(lambda: filling(engine)[-1] == (0, C))
+    until(lambda: filling(engine)[-1:] == [(0, C)])
     assert stage(engine, 0, 0)
 
 
@@ -491,6 +491,7 @@ def test_who_is_wanted_by_a_later_layer_is_kept_though_a_part_has_read_them(make
     engine = make(2, LookAhead)
     engine.plan(0, sure([A, B, C], []))
     engine.plan(1, sure([A], []))
+    at_rest(engine)
     run(engine, 0, 0)
     assert filling(engine) == [(0, A), (0, B), (0, C)]
     assert resident(engine, (0, A), (0, B)) == [True, False]
@@ -505,6 +506,8 @@ def test_a_layer_given_up_between_its_parts_wants_nobody_and_holds_nobody_back(m
     if when == "after read":
         engine.read(0, 0)
     engine.finish(0)
+    at_rest(engine)
+    assert resident(engine, (0, D)) == [True]
     assert compute(engine, 1, 0, [D]) == [(0, D)]
     engine.finish(1)
     assert not engine._wanted
