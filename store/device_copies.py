@@ -123,6 +123,7 @@ class DeviceCopyEngine(Schedule):
             self._wanted[position] = [key for key in self._wanted[position] if key not in gone]
             self._behind.append((position, self._unread))
             self._unread = []
+            self._reconsider(position)  # there will be room for those that were not worth an eviction
         self._proceed()
 
     def passed(self, batch: int, *layers: int) -> None:

@@ -202,6 +202,14 @@ class Schedule:
             return self._aside
         return self._queue or None
 
+    def _reconsider(self, position: int) -> None:
+        """Those that were set aside for a position stand in the queue again."""
+        for entry in [entry for entry in self._aside if entry[0] == position]:
+            self._set_aside.discard((position, entry[2]))
+            heapq.heappush(self._queue, entry)
+        self._aside = [entry for entry in self._aside if entry[0] != position]
+        heapq.heapify(self._aside)
+
     def _is_worth(self, key: Key, position: int, victim: Key) -> bool:
         """Whether `key`, used at `position`, will be wanted again before `victim` is."""
         theirs, own = self._next_uses[victim], self._next_uses[key]

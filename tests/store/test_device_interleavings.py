@@ -718,7 +718,7 @@ CASES = {
         layers=(3, 3),
         policy=LookAhead,
         depth=1,
-        hits=(8, 10),
+        hits=(10, 10),
     ),
     "a layer is given up in the midst of a part": Case(
         slots=1,
