@@ -13,6 +13,7 @@ examples:
   python runner.py run configs/quickstart.yaml store.budget=50% output_dir=runs/half
   python runner.py train configs/train-quickstart.yaml
   python runner.py bench configs/bench-movie.yaml
+  python runner.py plan configs/quickstart.yaml
   python runner.py clean
 
 Every key of a config is explained in docs/config.md. A value after a key is YAML, as in the file.
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_with_config("run", _run, "classify or score a data set", RUN)
     add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
     add_with_config("bench", _bench, "compare systems on one workload", BENCH)
+    add_with_config("plan", _plan, "what would fit, and how fast, before loading", PLAN)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
     clean.add_argument(
         "directory", nargs="?", type=Path, default=Path("/dev/shm"), help="the store.directory to clean (default: /dev/shm)"
@@ -90,6 +92,13 @@ accelerate's offload, and others that docs/benchmarks.md describes. Every time s
 
 Writes into output_dir: bench.json, bench.md, timeline-*.json and, with matplotlib, throughput.png and memory.png."""
 
+PLAN = """\
+Reads only the model's config and its weights' headers (of a hub model too) and says what the model takes, what is free, what fits,
+and how fast the link is. With plan.trace, a routing recorded by `train` with predictor.kind=oracle, it also simulates every budget
+of plan.budgets under every policy: moves, hits, samples per second, the knee, and what store.budget=auto would take.
+
+Writes into output_dir: plan.json and, with a trace and matplotlib, plan.png."""
+
 CLEAN = """\
 Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,
 and what a killed run left behind. Says what it freed."""
@@ -114,6 +123,13 @@ def _bench(options: argparse.Namespace) -> None:
     from pipeline.config import load_config
 
     bench(load_config(options.config, options.overrides))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.plan import plan
+
+    plan(load_config(options.config, options.overrides))
 
 
 def _clean(options: argparse.Namespace) -> None:

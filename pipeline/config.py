@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,16 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    trace: str | None = None
+    """A recorded routing of this model: what `train` writes with predictor.kind=oracle. Without it bytes alone are planned."""
+    budgets: list[str] = field(default_factory=lambda: ["0", "5%", "10%", "20%", "30%", "40%", "60%", "80%", "100%"])
+    """Written as store.budget."""
+    policies: list[str] = field(default_factory=list)
+    """Empty: all."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig
     data: DataConfig
@@ -141,6 +152,8 @@ class Config:
     """What `train` does; `run` ignores it."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What `bench` does; `run` ignores it."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What `plan` weighs; `run` ignores it."""
     routing: Literal["exact", "hash"] = "exact"
     """exact: the model's routers decide, tables are hints. hash: the tables decide, as in the paper."""
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -203,11 +216,13 @@ def _check(config: Config, source: str) -> None:
             "'model.tokenizer' is missing: random weights come with none; name a directory, or a hub id such as google-t5/t5-base",
         )
     require(config.data.path is not None or config.data.hub is not None, "'data.path' is missing")
-    for key, kind, known in (
+    choices: list[tuple[str, str | None, Iterable[str]]] = [
         ("model.random.recipe", model.random.recipe, RECIPES),
         ("predictor.kind", config.predictor.kind, KINDS),
         ("store.policy", config.store.policy, POLICIES),
-    ):
+        *(("plan.policies", policy, POLICIES) for policy in config.plan.policies),
+    ]
+    for key, kind, known in choices:
         if kind is None:
             continue
         near = difflib.get_close_matches(kind, known, n=1)

@@ -97,12 +97,9 @@ def prepare(config: Config) -> Prepared:
             f"store.directory: {directory}: the arena needs {layout.nbytes} bytes, {free} are free: {in_memory - free} bytes "
             "short; name a larger filesystem, or free some with `python runner.py clean`"
         )
-    if device == "cpu":
-        free = available_memory() - in_memory
-    else:
-        free = (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES
-    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, free))
-    tokenizer = _tokenizer(model.tokenizer)
+    free = free_for_experts(device, layout, in_memory)
+    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, free)
+    tokenizer = load_tokenizer(model.tokenizer)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
     largest = max(int(ids.max(initial=0)) for row in encoded for ids in row.streams)
@@ -136,6 +133,17 @@ def choose_device(wanted: str) -> str:
     return "cuda:0"
 
 
+def free_for_experts(device: str, layout: ArenaLayout, in_memory: int) -> int:
+    """Bytes on the device that a budget may take.
+
+    Args:
+        in_memory: bytes of RAM that the arena has still to take.
+    """
+    if device == "cpu":
+        return max(0, available_memory() - in_memory)
+    return max(0, (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES)
+
+
 def check_predictor(prepared: Prepared) -> None:
     """
     Raises:
@@ -144,7 +152,11 @@ def check_predictor(prepared: Prepared) -> None:
     make(prepared.predictor_spec(routers_identity(prepared.weights, prepared.model.placement)), lambda: torch.empty(0))
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ModelError: no tokenizer there, or a damaged one.
+    """
     if not any((directory / name).exists() for name in TOKENIZER_FILES):  # transformers would make one that knows no word
         raise ModelError(f"{directory}: no usable tokenizer: holds none of {', '.join(TOKENIZER_FILES)}")
     try:
