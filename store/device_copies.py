@@ -137,9 +137,8 @@ class DeviceCopyEngine(Schedule):
             used = np.flatnonzero(routed)
             missed = used[hits[used] == 0]
             if not self.is_complete:  # else nobody has to go, ever
-                for expert in used[hits[used] != 0].tolist():
-                    if (layer, expert) in self.slots:  # it may have gone since
-                        self._policy.used((layer, expert))
+                for expert in used.tolist():
+                    self._policy.used((layer, expert))
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))

@@ -52,6 +52,7 @@ class Schedule:
         self._next_uses: defaultdict[Key, list[int]] = defaultdict(list)  # ascending positions
         self._aside: list[tuple[int, int, Key]] = []  # as _queue: not worth an eviction
         self._set_aside: set[tuple[int, Key]] = set()  # (position, expert) of those in _aside
+        self._probability: dict[tuple[int, Key], float] = {}  # (position, expert) -> that it is needed, where it is not certain
         self._early: dict[Key, int] = {}  # in slots at a wanted one's cost -> the position that it is for
         self._most_early = max(1, min(EARLY, slots.count // 6))
         self._planned: set[int] = set()
@@ -72,10 +73,11 @@ class Schedule:
             self._planned.add(batch)
         for layer, experts in enumerate(uses):
             position = batch * self._layers + layer
-            keys = [(layer, expert) for expert, p in experts if p >= WORTH_COPYING]
+            likely = {(layer, expert): p for expert, p in experts if p >= WORTH_COPYING}
             with self._changed:  # layer by layer: who copies has not to wait for hundreds of experts
                 if batch in self._planned and position not in self._wanted:  # finished, or demanded, in the meantime
-                    self._want(position, keys)
+                    self._probability.update({(position, key): p for key, p in likely.items() if p < 1})
+                    self._want(position, list(likely))
         self._proceed()
 
     def finish(self, batch: int) -> None:
@@ -89,6 +91,7 @@ class Schedule:
                 self._planned.remove(past)
                 for layer in range(self._layers):
                     self._pass(past * self._layers + layer)
+            self._policy.finished()
         self._proceed()
 
     def take(self) -> Movement:
@@ -115,7 +118,7 @@ class Schedule:
             uses = self._next_uses[key]
             bisect.insort(uses, position)
             if uses[0] == position:
-                self._policy.wanted(key, position)
+                self._tell(key)
 
     def _pass(self, position: int) -> None:
         """Takes a position out of the future."""
@@ -126,8 +129,17 @@ class Schedule:
             uses = self._next_uses[key]
             first = uses[0] == position
             uses.remove(position)
+            self._probability.pop((position, key), None)
             if first:
-                self._policy.wanted(key, uses[0] if uses else None)
+                self._tell(key)
+
+    def _tell(self, key: Key) -> None:
+        """Tells the policy when an expert is wanted first."""
+        uses = self._next_uses[key]
+        if uses:
+            self._policy.wanted(key, uses[0], self._probability.get((uses[0], key), 1.0))
+        else:
+            self._policy.wanted(key, None)
 
     def _next_copy(self) -> tuple[Key, torch.Tensor] | None:
         """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
@@ -143,22 +155,28 @@ class Schedule:
                     if victim is None:
                         return None
                     if self._policy.looks_ahead and self._next_uses[victim]:
-                        if position > min(self._wanted) + NEAR and len(self._early) >= FAR:
+                        comes = self._comes(key, position, victim)
+                        if comes is None:
                             return None
-                        worth = self._is_worth(key, position, victim)
-                        if len(self._early) >= self._most_early:
-                            if worth:
-                                return None
+                        if not comes:
                             heapq.heappush(self._aside, heapq.heappop(queue))
                             self._set_aside.add((position, key))
                             continue
-                        self._early[key] = position
                     self._evict(victim)
                 heapq.heappop(queue)
                 self._set_aside.discard((position, key))
                 self._policy.admitted(key)
                 return key, self.slots.admit(key)
             return None
+
+    def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
+        """Whether `key` comes now at the cost of `victim`, which is wanted too; None: not yet, and nobody behind it either."""
+        if position > min(self._wanted) + NEAR and len(self._early) >= FAR:
+            return None
+        if len(self._early) >= self._most_early:
+            return None if self._is_worth(key, position, victim) else False
+        self._early[key] = position
+        return True
 
     def _open_queue(self) -> list[tuple[int, int, Key]] | None:
         """Where the next copy is to be found: among those set aside if there is room for them now, and they come first."""
