@@ -9,30 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from pipeline.limit import fewest_moves
 from pipeline.window import Window
-from store.copies import CopyEngine
-from store.eviction import POLICIES
-from store.layout import ArenaLayout, BlockLayout, LayerLayout
-from store.slots import Slots
+from store.simulator import Moves, Tables, Uses, layout_of, simulate
 
 MIN = "min"
 """Not a policy that a run can have: perfect foresight, which says what is left to win."""
-Uses = Sequence[Sequence[Sequence[int]]]
-"""Per batch and MoE layer the experts that it reads."""
-Predicted = Sequence[Sequence[Sequence[tuple[int, float]]]]
-"""Per batch and MoE layer what its table says: (expert, probability that it is needed), likeliest first."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A workload: its batches as they would be executed, and how many of them tables are made ahead (predictor.lookahead)."""
+    """A workload, in batches as they would be executed.
+
+    Attributes:
+        experts: of each MoE layer.
+        uses, predicted: what each batch reads, and what its table says beforehand.
+        lookahead: how many batches ahead tables are made (predictor.lookahead).
+    """
 
     samples: int
+    experts: tuple[int, ...]
     uses: Uses
-    predicted: Predicted
+    predicted: Tables
     lookahead: int | Literal["auto"] = "auto"
 
     @property
@@ -96,7 +94,8 @@ def expect(routed: Routed, budget: str, slots: int, policy: str, pace: Pace) -> 
         moves = fewest_moves([[(i, e) for e in layer] for batch in routed.uses for i, layer in enumerate(batch)], slots, rounds=1)
         misses = 0 if slots else moves  # who knows all has every expert there in time, if there is a place for it
     else:
-        moves, misses = simulated(routed, slots, policy)
+        simulation = simulated(routed, slots, policy)
+        moves, misses = simulation.moves, simulation.misses
     seconds = pace.seconds(moves, misses)
     rate = None if seconds is None else routed.samples / seconds
     hits = total - (moves if policy == MIN else misses)
@@ -116,31 +115,9 @@ def knee(curve: Sequence[tuple[int, int]]) -> int | None:
     return curve[deepest][0] if below[deepest] > 0.05 else None
 
 
-def simulated(routed: Routed, slots: int, policy: str) -> tuple[int, int]:
-    """Moves and misses of a run whose copies never come late."""
-    layers = tuple(LayerLayout(BlockLayout((), 0), 1, 0) for _ in routed.uses[0])
-    arena = _Nothing(ArenaLayout(layers, (), 0))
-    engine = CopyEngine(arena, Slots(arena, slots, torch.device("cpu")), POLICIES[policy](), background=False)  # type: ignore[arg-type]
+def simulated(routed: Routed, slots: int, policy: str) -> Moves:
+    """What a run moves whose copies never come late."""
     window = Window(slots, routed.lookahead)
     window.saw(sum(p for batch in routed.predicted for layer in batch for _, p in layer) / len(routed.predicted))
-    planned = 0
-    for number, batch in enumerate(routed.uses):
-        while planned < min(len(routed.uses), number + 1 + window.lookahead):
-            engine.plan(planned, routed.predicted[planned])
-            planned += 1
-        for layer, experts in enumerate(batch):
-            with engine.reading(number, layer, experts):
-                pass
-        engine.finish(number)
-    moved = engine.take()
-    return sum(moved.misses) + sum(n for _, _, n in moved.copy_spans), sum(moved.misses)
-
-
-@dataclass
-class _Nothing:
-    """An arena whose experts have no bytes."""
-
-    layout: ArenaLayout
-
-    def block(self, layer: int, expert: int) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.uint8)
+    layout = layout_of(routed.experts)
+    return Moves.of(simulate(layout, slots, policy, routed.uses, routed.predicted, window.lookahead))

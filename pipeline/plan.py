@@ -51,7 +51,7 @@ def plan(config: Config) -> dict[str, Any]:
         policies = config.plan.policies or list(POLICIES)
         rows = [expect(recorded.routed, b, s, p, pace) for b, s in budgets.items() for p in [*policies, MIN]]
         print(_of_the_trace(config, recorded, pace))
-        print("\n".join(table(rows, recorded.routed.count, known.free // known.layout.slot_bytes)))
+        print("\n".join(table(rows, recorded.routed.count, known.free // known.layout.slot_bytes, config.store.policy)))
     else:
         print("no plan.trace: how many experts must move is not known; record one with `train`, predictor.kind=oracle")
     best = _knee(config, rows)
@@ -147,22 +147,26 @@ def _of_the_trace(config: Config, recorded: Recorded, pace: Pace) -> str:
     return f"{text}; {recorded.tables}, {recorded.predict_s / batches * 1e3:.3g} ms to make"
 
 
-def table(rows: list[Expected], uses: int, fit: int) -> list[str]:
-    """Lines for people: a row per budget, and per policy its moves per use and, where known, its samples per second.
+def table(rows: list[Expected], uses: int, fit: int, policy: str) -> list[str]:
+    """Lines for people: a row per budget with each policy's moves per use and, where known, samples per second under one of them.
 
     Args:
         fit: slots for which there is room now.
+        policy: whose samples per second are shown, beside those of MIN.
     """
     policies = list(dict.fromkeys(row.policy for row in rows))
-    lines = [f"{'':>12} {'':>6}  " + "".join(f"{policy:^20}" for policy in policies)]
-    lines.append(f"{'budget':>12} {'slots':>6}  " + f"{'moves/use':>11}{'rows/s':>9}" * len(policies))
+    timed = [policy, MIN] if policy in policies else [policies[0], MIN]
+    lines = [f"{'':>12} {'':>6}  {'moves per use':<{11 * len(policies)}}  rows/s"]
+    names = "".join(f"{name:>11}" for name in policies) + "  " + "".join(f"{name:>11}" for name in timed)
+    lines.append(f"{'budget':>12} {'slots':>6}{names}")
     for budget, slots in {row.budget: row.slots for row in rows}.items():
-        cells = ""
-        for row in (row for row in rows if row.budget == budget):
-            rate = "-" if row.samples_per_second is None else f"{row.samples_per_second:,.1f}"
-            cells += f"{row.moves / max(uses, 1):>11.3f}{rate:>9}"
-        lines.append(f"{budget:>12} {slots:>6}  {cells}" + ("" if slots <= fit else "  does not fit now"))
-    return [*lines, "moves/use: experts copied or read in place, per use; below 1 is reuse; min: perfect foresight"]
+        mine = {row.policy: row for row in rows if row.budget == budget}
+        cells = "".join(f"{mine[name].moves / max(uses, 1):>11.3f}" for name in policies) + "  "
+        for name in timed:
+            rate = mine[name].samples_per_second
+            cells += f"{'-' if rate is None else f'{rate:,.1f}':>11}"
+        lines.append(f"{budget:>12} {slots:>6}{cells}" + ("" if slots <= fit else "  does not fit now"))
+    return [*lines, "moves: experts copied or read in place; below 1 per use is reuse; min: perfect foresight, the bound"]
 
 
 def _advice(config: Config, known: Footprint, rows: list[Expected], pace: Pace | None, report: dict[str, Any]) -> list[str]:

@@ -59,7 +59,9 @@ def replay(config: Config, model: ModelSpec) -> Recorded:
     predictions = _predictions(maker, batches)
     predicted = [made.table.uses_under(config.routing) for made in predictions]
     seconds = sum(made.end - made.start for made in predictions) / 1e9
-    return Recorded(batches, parts, Routed(trace.tokens.size, uses, predicted, config.predictor.lookahead), tables, seconds)
+    return Recorded(
+        batches, parts, Routed(trace.tokens.size, shape.experts, uses, predicted, config.predictor.lookahead), tables, seconds
+    )
 
 
 def _predictions(maker: HashPredictor, batches: list[Batch]) -> list[Prediction]:

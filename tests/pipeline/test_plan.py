@@ -141,7 +141,7 @@ def test_rows_for_every_budget_and_policy_with_the_bound_below(make, trace, aren
     assert bound == sorted(bound, reverse=True) and bound[-1] < bound[0]
     assert list(arena_dir.iterdir()) == [], "nothing of the scratch arena is left"
     shown = capsys.readouterr().out
-    for text in ("offloading is pointless", "moves/use", "store.budget=auto would take 100%"):
+    for text in ("offloading is pointless", "moves per use", "store.budget=auto would take 100%"):
         assert text in shown
 
 
@@ -151,8 +151,8 @@ def test_expected_moves_are_those_of_a_run(make, trace, policy):
     config = make(plan={"trace": trace}, predictor={"kind": "random", "top_k": 2, "lookahead": 3})
     prepared = prepare(config)
     replayed = replay(config, prepared.model)
-    moves, misses = simulated(replayed.routed, prepared.slots, policy)
-    assert 0 < misses < replayed.routed.count
+    expected = simulated(replayed.routed, prepared.slots, policy)
+    assert 0 < expected.misses < replayed.routed.count
     load(prepared.arena, prepared.weights, prepared.model.placement).close()
     executor = Executor(replace(prepared.executor_spec(background=False), policy=policy))
     tables = Random(prepared.model.shape, 2, config.seed)
@@ -164,8 +164,8 @@ def test_expected_moves_are_those_of_a_run(make, trace, policy):
             planned += 1
         stats.append(executor.execute(batch, predictions[batch.index]).stats)
     executor.close()
-    assert sum(sum(s.misses) for s in stats) == misses
-    assert sum(s.moves for s in stats) == moves
+    assert sum(sum(s.misses) for s in stats) == expected.misses
+    assert sum(s.moves for s in stats) == expected.moves
 
 
 def test_what_does_not_fit_is_said_with_what_is_missing(make, monkeypatch):
@@ -207,7 +207,7 @@ def test_the_knee_is_where_a_curve_bends():
 
 def test_the_bound_knows_the_future_and_nobody_moves_less():
     uses = [[[b % 3]] for b in range(30)]
-    routed = Routed(30, uses, [[[(b % 3, 1.0)]] for b in range(30)])
+    routed = Routed(30, (3,), uses, [[[(b % 3, 1.0)]] for b in range(30)])
     pace = Pace(1.0, 0.0, 1.0, 1, False)
     assert expect(routed, "2", 2, MIN, pace).moves == 12  # two are kept, the third is moved each of its 10 times
     assert expect(routed, "3", 3, MIN, pace).moves == 3
@@ -216,7 +216,7 @@ def test_the_bound_knows_the_future_and_nobody_moves_less():
 
 def test_the_table_says_what_does_not_fit_now():
     rows = [Expected(b, s, p, m, m, 0.0, None) for b, s, m in (("10%", 2, 50), ("50%", 9, 5)) for p in ("lru", MIN)]
-    lines = table(rows, 100, fit=5)
+    lines = table(rows, 100, fit=5, policy="lru")
     assert "0.500" in lines[2] and "does not fit" not in lines[2]
     assert "0.050" in lines[3] and lines[3].endswith("does not fit now")
 
