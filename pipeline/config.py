@@ -81,8 +81,10 @@ class BatchConfig:
     size: int = 4
     max_tokens: int = 512
     """Longer texts are truncated, and counted."""
-    order: Literal["input", "length"] = "length"
-    """length: rows of similar length together, so that little is padded."""
+    order: Literal["input", "length", "overlap"] = "length"
+    """length: rows of similar length together, so that little is padded. overlap: rows whose tables share experts."""
+    window: int = 256
+    """overlap: so many rows in a row of the input are grouped with one another, and no row waits for more."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,7 @@ def _check(config: Config, source: str) -> None:
     positive = {
         "batch.size": config.batch.size,
         "batch.max_tokens": config.batch.max_tokens,
+        "batch.window": config.batch.window,
         "predictor.top_k": config.predictor.top_k,
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,

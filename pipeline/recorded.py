@@ -16,10 +16,12 @@ from pipeline.config import Config
 from pipeline.data import Batch, cut
 from pipeline.expected import Routed
 from pipeline.models import ModelSpec
+from pipeline.regroup import Regrouping, chunks, rebuilt, regroup, row_tables, windows
 from predictor import traces
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle
 from predictor.registry import HashPredictor, PredictorSpec, make
+from predictor.tokens import RoutingShape
 from predictor.traces import Trace
 from store.errors import CheckpointError
 from store.load import routers_identity
@@ -50,26 +52,40 @@ def replay(config: Config, model: ModelSpec) -> Recorded:
     """
     shape = model.shape
     trace = traces.load(Path(config.plan.trace or ""), shape, None)
-    numbers = cut([len(row) for row in trace.tokens.streams[0]], config.batch)
-    parts = [traces.select(trace, rows, shape) for rows in numbers]
-    targets = [part.tokens.streams[1] if len(part.tokens.streams) > 1 else None for part in parts]
-    batches = [Batch(i, rows, part.tokens, t) for i, (rows, part, t) in enumerate(zip(numbers, parts, targets, strict=True))]
     maker, tables = _predictor(config, model, trace)
+    batches = [
+        _batch(trace, i, rows, shape) for i, rows in enumerate(cut([len(row) for row in trace.tokens.streams[0]], config.batch))
+    ]
+    made = _predicted(maker, batches, Regrouping(config.batch, shape, config.routing))
+    parts = [traces.select(trace, batch.rows, shape) for batch, _ in made]
     uses = [[np.unique(layer.top[:, : shape.top_k]).tolist() for layer in part.layers] for part in parts]
-    predictions = _predictions(maker, batches)
-    predicted = [made.table.uses_under(config.routing) for made in predictions]
-    seconds = sum(made.end - made.start for made in predictions) / 1e9
-    return Recorded(
-        batches, parts, Routed(trace.tokens.size, shape.experts, uses, predicted, config.predictor.lookahead), tables, seconds
-    )
+    predicted = [prediction.table.uses_under(config.routing) for _, prediction in made]
+    seconds = sum(prediction.end - prediction.start for _, prediction in made) / 1e9
+    routed = Routed(trace.tokens.size, shape.experts, uses, predicted, config.predictor.lookahead)
+    return Recorded([batch for batch, _ in made], parts, routed, tables, seconds)
 
 
-def _predictions(maker: HashPredictor, batches: list[Batch]) -> list[Prediction]:
-    """As the Predictor makes them: in one thread."""
+def _batch(trace: Trace, index: int, rows: np.ndarray, shape: RoutingShape) -> Batch:
+    tokens = traces.select(trace, rows, shape).tokens
+    return Batch(index, rows, tokens, tokens.streams[1] if len(tokens.streams) > 1 else None)
+
+
+def _predicted(maker: HashPredictor, batches: list[Batch], settings: Regrouping) -> list[tuple[Batch, Prediction]]:
+    """As the Predictor makes them, in one thread; with `batch.order: overlap` other batches, as the driver makes them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [timed(maker, batch.tokens) for batch in batches]
+        if settings.batch.order != "overlap":
+            return [(batch, timed(maker, batch.tokens)) for batch in batches]
+        made = []
+        for window in windows(batches, settings.batch):
+            parts = chunks(window)
+            predictions = [timed(maker, tokens) for tokens in parts]
+            tables = row_tables(parts, [prediction.table for prediction in predictions], settings.shape)
+            share = sum(prediction.end - prediction.start for prediction in predictions) // len(window)
+            grouped = rebuilt(window, regroup(window, tables, settings), tables)
+            made += [(batch, Prediction(table, 0, share)) for batch, table in grouped]
+        return made
     finally:
         torch.set_num_threads(threads)
 

@@ -183,6 +183,8 @@ def check_systems(config: Config, device: str) -> None:
     """
     if not config.bench.systems:
         raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
+    if config.batch.order == "overlap":
+        raise ConfigError("batch.order: 'overlap' needs tables before there are batches; a bench has input or length")
     for name in config.bench.systems:
         if name not in SYSTEMS:
             near = difflib.get_close_matches(name, SYSTEMS, n=1)

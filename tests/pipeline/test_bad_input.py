@@ -354,6 +354,13 @@ def test_training_on_one_row_which_cannot_be_split(refused, case, tmp_path, kind
     assert str(case.rows) in message
 
 
+# bench
+
+
+def test_a_bench_of_batches_that_need_tables_first(refused):
+    assert "batch.order: 'overlap' needs tables before there are batches" in refused("batch.order=overlap", command="bench")
+
+
 # plan
 
 
