@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_with_config("plan", _plan, "what would fit, and how fast, before loading", PLAN)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
     clean.add_argument(
-        "directory", nargs="?", type=Path, default=Path("/dev/shm"), help="the store.directory to clean (default: /dev/shm)"
+        "directory", nargs="?", type=Path, help="the store.directory to clean (default: /dev/shm and the user's cache)"
     )
     return parser
 
@@ -100,8 +100,8 @@ of plan.budgets under every policy: moves, hits, samples per second, the knee, a
 Writes into output_dir: plan.json and, with a trace and matplotlib, plan.png."""
 
 CLEAN = """\
-Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,
-and what a killed run left behind. Says what it freed."""
+Removes the arenas of this user that no process holds, in shared memory and on disk: what store.keep left for a
+warm start, and what a killed run left behind. Says what it freed."""
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -133,17 +133,20 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
+    from pipeline.config import cache_directory
     from pipeline.errors import ConfigError
     from store.arena import clean
 
-    if not options.directory.is_dir():
-        raise ConfigError(f"{options.directory}: no such directory")
-    removed, in_use = clean(options.directory)
-    for item in removed:
-        print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")
-    for path in in_use:
-        print(f"in use  {path}")
-    print(f"freed {sum(item.nbytes for item in removed) / 1e6:.1f} MB in {options.directory}")
+    defaults = [directory for directory in (Path("/dev/shm"), cache_directory()) if directory.is_dir()]
+    for directory in defaults if options.directory is None else [options.directory]:
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: no such directory")
+        removed, in_use = clean(directory)
+        for item in removed:
+            print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")
+        for path in in_use:
+            print(f"in use  {path}")
+        print(f"freed {sum(item.nbytes for item in removed) / 1e6:.1f} MB in {directory}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,10 +104,23 @@ class StoreConfig:
     budget: str = field(default="20%", metadata={"read": _budget})
     """Bytes on the device for experts: a size such as 2GiB, a share of all expert bytes, or auto."""
     policy: str = "lru"
-    directory: str = "/dev/shm"
-    """Where the arena lies."""
+    backing: Literal["shm", "file"] = "shm"
+    """shm: the arena takes RAM. file: it lies on a disk, and RAM holds of it what there is room for."""
+    directory: str | None = None
+    """Where the arena lies; null: /dev/shm, or for a file the user's cache."""
     keep: bool = False
     """Leave the arena there for a warm start."""
+
+    @property
+    def arena_directory(self) -> Path:
+        """`directory`, or the default of `backing`, which need not exist."""
+        default = {"shm": Path("/dev/shm"), "file": cache_directory()}
+        return Path(self.directory) if self.directory is not None else default[self.backing]
+
+
+def cache_directory() -> Path:
+    """Where arenas on a disk lie unless `store.directory` says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sida-moe" / "arenas"
 
 
 @dataclass(frozen=True)

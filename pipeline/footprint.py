@@ -10,9 +10,8 @@ import torch
 from pipeline.config import Config
 from pipeline.machine import free_device_memory
 from pipeline.models import ModelSpec, describe
-from pipeline.prepare import ACTIVATION_BYTES, choose_device, free_for_experts
+from pipeline.prepare import ACTIVATION_BYTES, arena_directory, choose_device, free_for_experts
 from store.arena import available_memory, free_bytes
-from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.slots import parse_budget
 
@@ -103,13 +102,11 @@ def footprint(config: Config) -> Footprint:
     device = choose_device(config.device)
     model, headers = describe(config.model, torch.device(device), only_headers=True)
     layout = model.placement.layout(headers)
-    directory = Path(config.store.directory)
-    if not directory.is_dir():
-        raise SpaceError(f"store.directory: {directory}: no such directory")
+    directory = arena_directory(config.store, device)
     there = model.placement.arena_path(headers, directory).exists()
     host = available_memory()
     on_device = host if device == "cpu" else free_device_memory() or 0
-    free = free_for_experts(device, layout, 0 if there else layout.nbytes)
+    free = free_for_experts(device, layout, 0 if there or config.store.backing == "file" else layout.nbytes)
     return Footprint(model, layout, device, directory, there, on_device, host, free_bytes(directory), free)
 
 

@@ -305,6 +305,11 @@ def test_a_store_directory_that_is_not_there(refused, tmp_path):
     assert f"store.directory: {tmp_path}/nowhere: no such directory" in refused(f"store.directory={tmp_path}/nowhere")
 
 
+def test_a_file_that_would_lie_in_ram(refused):
+    message = refused("store.backing=file", "store.directory=/dev/shm")
+    assert "store.backing: file, but store.directory is /dev/shm, which is RAM; name a directory on a disk" in message
+
+
 # the output directory
 
 
