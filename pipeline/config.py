@@ -141,6 +141,8 @@ class BenchConfig:
     """The first so many of each size; null: all."""
     rounds: int = 9
     """Each system answers all of them so often; rounds before these warm everything up."""
+    capacity: float = 1.0
+    """static-gating: places per expert, as a share of the batch's tokens; with all of them none is ever dropped."""
     recall: float | None = None
     """Measure sida also with the true tables worsened: so many of their predictions are left right, 0..1."""
 
@@ -264,6 +266,8 @@ def _check(config: Config, source: str) -> None:
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
     recall = config.bench.recall
     require(recall is None or 0 <= recall <= 1, f"'bench.recall' is {recall}; it must be between 0 and 1")
+    capacity = config.bench.capacity
+    require(0 < capacity <= 1, f"'bench.capacity' is {capacity}; it must be more than 0 and at most 1")
     require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")
     for key, seed in (("seed", config.seed), ("model.random.seed", model.random.seed)):
         require(0 <= seed < 2**63, f"{key!r} is {seed}; it must be 0 or more, and below 2**63")
