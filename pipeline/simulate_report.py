@@ -94,7 +94,7 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
             if down == len(predictors) - 1:
                 axes.set_xlabel("budget: share of experts with a slot", fontsize=8)
     lines, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 2 + 2 * len(batches)), fontsize=8, frameon=False)
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 1 + 2 * len(batches)), fontsize=8, frameon=False)
     figure.suptitle(f"{Path(report['model']).stem}, {Path(report['workload']).name}: fewer moves are better", fontsize=10)
     whole = BytesIO()
     figure.savefig(whole, dpi=DPI)
@@ -108,7 +108,7 @@ def _panel(axes: Any, rows: list[Row]) -> None:
         ys = [row["moves"] / max(row["uses"], 1) for row in rows if row["policy"] == policy]
         axes.plot(range(len(ys)), ys, linewidth=WIDTHS[policy], color=COLOURS[policy], label=policy, solid_capstyle="round")
     least = {row["budget"]: row["fewest_moves"] / max(row["uses"], 1) for row in rows}
-    axes.plot(range(len(budgets)), list(least.values()), "--", color="black", linewidth=1.2, label="MIN (perfect foresight)")
+    axes.plot(range(len(budgets)), list(least.values()), "--", color="black", linewidth=1.2, label="MIN")
     axes.set_xticks(range(len(budgets)), budgets)
     axes.set_ylim(0, min(2.5, axes.get_ylim()[1]))
     axes.tick_params(labelsize=7)
