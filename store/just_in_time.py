@@ -21,30 +21,19 @@ NEVER = 2**62
 class JustInTime(Schedule):
     """A Schedule whose copies at a wanted expert's cost come last of all."""
 
-    _now = NEVER
-    """The first position that is planned and not past."""
     _ranked = -1
     """The position whose experts stand in the order in which they will be wanted again."""
-
-    def _want(self, position: int, keys: list[Key]) -> None:
-        super()._want(position, keys)
-        self._now = min(self._now, position)
-
-    def _pass(self, position: int) -> None:
-        super()._pass(position)
-        if position == self._now:
-            self._now = min(self._wanted, default=NEVER)
 
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
         if position > self._now:
             return None
         return self._is_worth(key, position, victim)
 
-    def _open_queue(self) -> list[tuple[int, int, Key]] | None:
+    def _open_queue(self) -> list[tuple[int, float, Key]] | None:
         """Whoever is wanted again soonest gets the place of whoever is wanted last; the last in line are read in place."""
         queue = self._queue
-        if queue and queue[0][0] == self._now != self._ranked and self._policy.looks_ahead:
-            now = self._ranked = self._now
+        if self._policy.looks_ahead and queue and queue[0][0] != self._ranked and self._wanted and queue[0][0] == self._now:
+            now = self._ranked = queue[0][0]
             due = []
             while queue and queue[0][0] == now:
                 due.append(heapq.heappop(queue)[2])

@@ -20,7 +20,7 @@ import torch
 
 from store.eviction import POLICIES, Policy
 from store.just_in_time import JustInTime
-from store.layout import ArenaLayout, Key
+from store.layout import ArenaLayout
 from store.movement import Movement
 from store.slots import Slots
 
@@ -95,15 +95,6 @@ class Simulation(JustInTime):
         self._planned.add(batch)
         self._want(batch * self._layers + layer, [(layer, expert) for expert in experts])
         self._proceed()
-
-    def _victim(self, position: int) -> Key | None:
-        """Nobody is being copied or read: without that question it is a search of half the time."""
-        next_uses = self._next_uses
-        for key in self._policy.order():
-            uses = next_uses.get(key)
-            if not uses or uses[0] > position:
-                return key
-        return None
 
     def _proceed(self) -> None:
         while (copy := self._next_copy()) is not None:
