@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,21 +73,18 @@ def compute_seconds(
 
 
 def _time(executor: Executor, batches: list[Batch], tables: list[HashTable], warm_up: int, seconds: float) -> float:
-    """The mean over the batches of each one's median time."""
-    taken: list[list[float]] = [[] for _ in batches]
-    number, spent, rounds = 0, 0.0, -warm_up
-    while rounds < 3 or (spent < seconds and rounds < 20):
-        for which, (batch, table) in enumerate(zip(batches, tables, strict=True)):
-            one = Batch(number, batch.rows, batch.tokens, batch.targets)
-            start = time.perf_counter()
-            executor.execute(one, Prediction(table, 0, 0), "hash")
-            took = time.perf_counter() - start
-            number += 1
-            if rounds >= 0:
-                taken[which].append(took)
-                spent += took
-        rounds += 1
-    return statistics.fmean(statistics.median(each) for each in taken)
+    """Per batch, when one follows the other as in a run: the median over rounds of all of them."""
+    rounds: list[float] = []
+    while len(rounds) < warm_up + 3 or (sum(rounds[warm_up:]) < seconds and len(rounds) < warm_up + 20):
+        first, start = len(rounds) * len(batches), time.perf_counter()
+        answers = [
+            executor.submit(replace(batch, index=first + at), Prediction(table, 0, 0), "hash")
+            for at, (batch, table) in enumerate(zip(batches, tables, strict=True))
+        ]
+        for answer in answers:
+            answer.result()
+        rounds.append((time.perf_counter() - start) / len(batches))
+    return statistics.median(rounds[warm_up:])
 
 
 def _renumbered(trace: Trace, top_k: int, experts: int) -> HashTable:

@@ -53,11 +53,25 @@ class Answer:
         outputs: the task's, on the CPU.
         chosen: what the routers chose, per MoE layer int16 (tokens, top_k); empty under hash routing.
         decisions: the same with more of their probabilities, if that was asked for.
+        span: when the device began and ended it, time.time_ns().
+        moved: what has moved since the answer before.
     """
 
     outputs: torch.Tensor
     chosen: list[np.ndarray]
     decisions: list[LayerTrace]
+    span: tuple[int, int]
+    moved: Movement
+
+
+class Work(Protocol):
+    """One batch on its way. Made in any thread: what can be done ahead is done."""
+
+    def start(self) -> None:
+        """Hands it to the device. Batches start one after the other, in one thread, and may start before others have ended."""
+
+    def answer(self) -> Answer:
+        """Waits for it. After `start`, in the same order, in one thread, which may be another."""
 
 
 class Device(Protocol):
@@ -70,16 +84,13 @@ class Device(Protocol):
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
 
-    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
-        """Runs one batch.
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Work:
+        """Makes one batch ready to run. From any thread.
 
         Args:
             table: decides under hash routing; None: the routers decide.
             top_t: record so many of the routers' probabilities per token; None: only what they chose.
         """
 
-    def take(self) -> Movement:
-        """What has moved since the last call."""
-
     def close(self) -> None:
-        """Stops copying."""
+        """Stops copying. Nothing is on its way any more."""

@@ -3,7 +3,7 @@
 `DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels
 (grouping.py, kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link.
 Between the router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end
-one graph and begin another.
+one graph and begin another; and may have the experts that are in slots computed first, any number of times, before the others.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class DeviceForward:
     Attributes:
         masks: per stream, 1 for real tokens: int64 (batch, tokens).
         tables: hash routing: per MoE layer the experts, int64 (batch * tokens, top_k), and their scaling; None: routers decide.
-        boundary: called between a layer's router and its experts, with the number of the layer and the tokens of each of its
-            experts, int32 (experts + 1,) on the device, those without expert last.
-        done: called when the layer's kernels are enqueued.
+        routed: called when a layer's router has decided, with the number of the layer and the tokens of each of its experts, int32
+            (experts + 1,) on the device, those without expert last.
+        boundary: called with the layer before its experts are computed; says whether those in slots only (a part), after which it
+            is called again, or all that are left.
+        done: called with the layer when these kernels are enqueued, and whether they were but a part.
         top_t: record so many of the routers' probabilities per token, which asks the GPU; None: their choice alone, which does not.
         chosen: per MoE layer what the router chose, int16 (batch * tokens, top_k).
         decisions: with top_t.
@@ -52,8 +54,9 @@ class DeviceForward:
 
     masks: list[torch.Tensor]
     tables: list[tuple[torch.Tensor, torch.Tensor]] | None
-    boundary: Callable[[int, torch.Tensor], None]
-    done: Callable[[int], None]
+    routed: Callable[[int, torch.Tensor], None]
+    boundary: Callable[[int], bool]
+    done: Callable[[int, bool], None]
     top_t: int | None = None
     chosen: list[torch.Tensor] = field(default_factory=list)
     decisions: list[LayerTrace] = field(default_factory=list)
@@ -107,8 +110,12 @@ class DeviceMoE(nn.Module):
                 real = mask[:, 0].nonzero()[:, 0]
                 now.decisions.append(record(routing.logits[real], routing.chosen[real], weights[real], now.top_t))
         groups = grouping.group(experts, self._shape)
-        now.boundary(self._layer, groups.counts)
-        grouping.snapshot(groups, self._table, *self._slots, self._routed, self._hits)
-        output = kernels.run(tokens, weights, groups)
-        now.done(self._layer)
-        return output.reshape(hidden.shape)
+        output = kernels.room(tokens, groups)
+        now.routed(self._layer, groups.counts)
+        in_part = True
+        while in_part:
+            in_part = now.boundary(self._layer)
+            grouping.snapshot(groups, self._table, *self._slots, self._routed, self._hits, last=not in_part)
+            kernels.run(tokens, weights, groups, output)
+            now.done(self._layer, in_part)
+        return kernels.combine(output, weights.shape[1]).reshape(hidden.shape)

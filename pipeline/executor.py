@@ -1,29 +1,32 @@
 """The Executor actor: the backbone on its device, as many experts as the budget allows in slots, the rest a read away.
 
 Calls may wait in it, as many as the window is wide: each hands its table to the copy engine when it comes, and is computed when its
-turn has come. A call carries all that it needs and may be repeated, in any order, by a restarted Executor.
+turn has come. A GPU is given the next batch before it has ended the one before. A call carries all that it needs and may be
+repeated, in any order, by a restarted Executor.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.data import Batch
-from pipeline.device import Answer, Device, ExecutorSpec
+from pipeline.device import Answer, Device, ExecutorSpec, Work
 from pipeline.on_cpu import OnCPU
 from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
-from predictor.hash_table import HashTable
 from predictor.traces import Trace
 from store.arena import Arena
-from store.movement import Movement
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,16 +76,6 @@ class BatchResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What the compute thread hands back. Times are time.time_ns()."""
-
-    answer: Answer
-    moved: Movement
-    start: int
-    end: int
-
-
 class Executor:
     """Run as a Ray actor; plain calls work too, from any number of threads."""
 
@@ -94,6 +87,7 @@ class Executor:
         self._arena = arena
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
+        self._answers = ThreadPoolExecutor(1, "answer")  # another one, so that the next batch has not to wait for them
         self._starting = self._compute.submit(_make_device, spec, arena)
         self._closed = False
 
@@ -116,15 +110,65 @@ class Executor:
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
         """
+        return self.submit(batch, prediction, routing).result()
+
+    def submit(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> Future[BatchResult]:
+        """`execute`, without waiting for it. Batches run in the order in which they are submitted."""
         assert routing == "exact" or prediction is not None
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
         table = prediction.table if prediction is not None and routing == "hash" else None
-        done = self._compute.submit(self._run, batch, table).result()
-        moved = done.moved
+        return self._run(self._device.prepare(batch, table), partial(self._result, batch, prediction, routing))
+
+    def trace(self, batch: Batch, top_t: int) -> Trace:
+        """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
+        work = self._device.prepare(batch, None, top_t)
+        return self._run(work, lambda answer: Trace(batch.tokens, tuple(answer.decisions))).result()
+
+    def close(self) -> None:
+        """Stops copying and gives up the arena. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._compute.shutdown()
+        self._answers.shutdown()
+        try:
+            if self._starting.exception() is None:
+                self._device.close()
+        finally:
+            self._arena.close()
+
+    @property
+    def _device(self) -> Device:
+        return self._starting.result()
+
+    def _run(self, work: Work, finished: Callable[[Answer], T]) -> Future[T]:
+        """One batch through both threads; the future has what `finished` makes of its answer."""
+        done: Future[T] = Future()
+        self._compute.submit(self._start, work, finished, done)
+        return done
+
+    def _start(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
+        try:
+            with torch.inference_mode():
+                work.start()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            self._answers.submit(self._answer, work, finished, done)
+
+    def _answer(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
+        try:
+            with torch.inference_mode():
+                done.set_result(finished(work.answer()))
+        except BaseException as error:
+            done.set_exception(error)
+
+    def _result(self, batch: Batch, prediction: Prediction | None, routing: str, answer: Answer) -> BatchResult:
+        moved = answer.moved
         stats = BatchStats(
-            start=done.start,
-            end=done.end,
+            start=answer.span[0],
+            end=answer.span[1],
             pid=os.getpid(),
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
@@ -140,41 +184,13 @@ class Executor:
             device_memory_peak_bytes=self._device.memory_peak_bytes,
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and done.answer.chosen:
-            truth = [chosen[:, 0] for chosen in done.answer.chosen]
+        if prediction is not None and answer.chosen:
+            truth = [chosen[:, 0] for chosen in answer.chosen]
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats)
-
-    def trace(self, batch: Batch, top_t: int) -> Trace:
-        """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
-        done = self._compute.submit(self._run, batch, None, top_t).result()
-        return Trace(batch.tokens, tuple(done.answer.decisions))
-
-    def close(self) -> None:
-        """Stops copying and gives up the arena. May be repeated."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self._starting.exception() is None:
-                self._compute.submit(self._device.close).result()
-        finally:
-            self._compute.shutdown()
-            self._arena.close()
-
-    @property
-    def _device(self) -> Device:
-        return self._starting.result()
-
-    @torch.inference_mode()
-    def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:
-        """In the compute thread: the forward, and nothing that could be done beside the next one."""
-        start = time.time_ns()
-        answer = self._device.run(batch, table, top_t)
-        return Computed(answer, self._device.take(), start, time.time_ns())
+        return BatchResult(batch.index, self._spec.task.results(batch, answer.outputs), stats)
 
 
 def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,6 @@ from predictor.hash_table import HashTable
 from store.arena import Arena
 from store.copies import CopyEngine
 from store.eviction import POLICIES
-from store.movement import Movement
 from store.read_ahead import ReadAheadEngine
 from store.slots import Slots
 
@@ -41,7 +42,14 @@ class OnCPU:
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch, uses)
 
-    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> OnCPUWork:
+        return OnCPUWork(self._forward, batch, table, top_t)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _forward(self, batch: Batch, table: HashTable | None, top_t: int | None) -> Answer:
+        start = time.time_ns()
         inputs = self._task.inputs(batch, lambda longest: longest)
         masks = [inputs["attention_mask"], inputs.get("decoder_attention_mask")]
         real = tuple(mask.reshape(-1).nonzero().squeeze(1) for mask in masks if mask is not None)
@@ -50,10 +58,18 @@ class OnCPU:
             outputs = self._task.forward(self._model, inputs)
         finally:
             self._engine.finish(batch.index)
-        return Answer(outputs, [layer.top[:, : self._top_k] for layer in forward.decisions], forward.decisions)
+        chosen = [layer.top[:, : self._top_k] for layer in forward.decisions]
+        return Answer(outputs, chosen, forward.decisions, (start, time.time_ns()), self._engine.take())
 
-    def take(self) -> Movement:
-        return self._engine.take()
 
-    def close(self) -> None:
-        self._engine.close()
+class OnCPUWork:
+    """See `pipeline.device.Work`: all of it is done by `start`."""
+
+    def __init__(self, forward: Callable[..., Answer], *arguments: Any):
+        self._forward, self._arguments = forward, arguments
+
+    def start(self) -> None:
+        self._answer = self._forward(*self._arguments)
+
+    def answer(self) -> Answer:
+        return self._answer

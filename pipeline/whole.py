@@ -25,7 +25,7 @@ class Pass:
 
     Attributes:
         outputs: per batch the task's, (batch, ...).
-        batch_ms: per batch, from its call to its answer.
+        batch_ms: per batch, from the answer before, or from the beginning, to its own.
         stats: of this project's own systems.
     """
 

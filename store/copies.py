@@ -1,7 +1,7 @@
 """The copy engine of a CPU: brings predicted experts into slots, in the order in which layers will need them, while others compute.
 
-What comes next and who goes for it, schedule.py and just_in_time.py decide; here are the copies, and the forwards that read. What a forward needs and
-nobody predicted is read in place, from the arena: a wrong prediction costs time, never correctness.
+What comes next and who goes for it, schedule.py and just_in_time.py decide; here are the copies, and the forwards that read. What
+a forward needs and nobody predicted is read in place, from the arena: a wrong prediction costs time, never correctness.
 
 `background=True` copies on a thread of its own. `background=False` copies inside `plan` and `reading`, in the same order: the
 same experts move every time, for tests and for simulations.

@@ -7,8 +7,12 @@ A forward does not ask for experts: its kernels follow the pointer table, into a
 (`counted`). What it does ask, before a MoE layer, is to be held until the experts that the tables promised are there (`stage`):
 the same bytes must not cross the link twice.
 
-From `stage` to `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal between
-the one that reads the entries and the last that reads the slots would come too early for those behind it.
+A layer may want more experts than the slots can take at once. Then it is computed in parts: as soon as some are there, the tokens
+of those are computed (`read`), which makes room for the next, while the link goes on. Reading in place, at nine tenths of the
+link's speed and with the copy lane waiting, is left for what no table named.
+
+From `stage` to `read` or `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal
+between the one that reads the entries and the last that reads the slots would come too early for those behind it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ DEPTH = 8
 """Copies decided ahead of the one that runs. Their slots are withdrawn before the next layer begins, so that the link has work
 while the layer computes; more would take slots from experts that are wanted sooner than it seems when they go."""
 
+PART = 8
+"""Experts that are worth a part of a layer: its kernels take less time than their copies, and the link has others to bring."""
+
 
 class DeviceCopyEngine(Schedule):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
@@ -38,10 +45,12 @@ class DeviceCopyEngine(Schedule):
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes):
         super().__init__(arena, slots, policy)
         self._depth = max(1, min(DEPTH, slots.count // 8))
+        self._part = max(1, min(PART, slots.count // 8))
         self._lanes = lanes
         self._at_rest = True  # the thread has looked at everything and can do nothing more
         self._staged = -1  # the position that the executor waits for
         self._awaited: set[Key] = set()  # its experts that are not in slots yet
+        self._unread: list[Key] = []  # its experts that are, and that no part of it has read
         self._enqueuing = False  # whoever was let go by `stage` puts the layer's kernels into the compute lane
         self._demanded: set[Key] = set()
         self._failure: BaseException | None = None
@@ -76,10 +85,11 @@ class DeviceCopyEngine(Schedule):
                 for key in self._wanted.get(batch * self._layers + layer, ())
             )
 
-    def stage(self, batch: int, layer: int) -> None:
+    def stage(self, batch: int, layer: int) -> bool:
         """Waits until the experts that are wanted for a layer are in slots, or cannot come before others have been read.
 
-        `passed` must follow, or `finish` where the forward fails.
+        Returns: whether those that are there should be read first, for others to come in their place. Then `read` must follow, and
+            `stage` once more; else `passed`. `finish`, where the forward fails.
 
         Raises:
             RuntimeError: the copy thread broke.
@@ -91,13 +101,29 @@ class DeviceCopyEngine(Schedule):
                 self._enqueuing = False
                 self._proceed()
             self._staged = position
-            self._awaited = {key for key in self._wanted.get(position, ()) if not self.slots.is_ready(key)}
-            self._changed.wait_for(lambda: self._failure or not self._is_coming())
+            wanted = self._wanted.get(position, ())
+            self._awaited = {key for key in wanted if not self.slots.is_ready(key)}
+            self._unread = [key for key in wanted if key not in self._awaited]
+            self._changed.wait_for(lambda: self._failure or not self._is_held())
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
+            in_parts = bool(self._awaited and self._unread)
             self._awaited.clear()
             self._enqueuing = True
+            return in_parts
+
+    def read(self, batch: int, layer: int) -> None:
+        """The kernels that read what `stage` has found in slots are in the compute lane: the layer no longer wants those."""
+        position = batch * self._layers + layer
+        with self._changed:
+            self._enqueuing = False
+            for key in self._unread:
+                self._want_no_more(position, key)
+            gone = {*self._unread}
+            self._wanted[position] = [key for key in self._wanted[position] if key not in gone]
+            self._unread.clear()
+        self._proceed()
 
     def passed(self, batch: int, *layers: int) -> None:
         """The layers' kernels are in the compute lane: whatever is withdrawn from now on, they are not harmed."""
@@ -150,6 +176,12 @@ class DeviceCopyEngine(Schedule):
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def _is_held(self) -> bool:
+        """Whether the layer that is staged has to wait."""
+        if len(self._unread) >= self._part and not all(key in self.slots for key in self._awaited):
+            return False
+        return self._is_coming()
 
     def _is_coming(self) -> bool:
         """Whether to wait for those awaited: some are under way, or may still be."""
@@ -214,9 +246,11 @@ class DeviceCopyEngine(Schedule):
         with self._changed:
             self._under_way.popleft()
             self.slots.complete(key)
-            self.is_complete = self.is_complete or sum(self.slots.resident().values()) == self._experts
+            self.is_complete = self.is_complete or self.slots.ready_count == self._experts
             self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
             self._demanded.discard(key)
-            self._awaited.discard(key)
-            if not self._is_coming():  # whoever waits is woken once, and not for every copy
+            if key in self._awaited:
+                self._awaited.remove(key)
+                self._unread.append(key)
+            if not self._is_held():  # whoever waits is woken once, and not for every copy
                 self._changed.notify_all()

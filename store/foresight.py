@@ -5,7 +5,7 @@ They are told, and remember, one position per expert: where it is wanted first. 
 
 from __future__ import annotations
 
-import bisect
+import heapq
 import math
 from collections.abc import Iterator
 
@@ -16,6 +16,9 @@ HALF_LIFE = 32.0
 
 SMOOTHING = 0.01
 """What one interval between uses counts for in their running mean."""
+
+Place = tuple[float, float, Key]
+"""In LookAhead's order: minus the next use, weight, expert."""
 
 
 class Priority:
@@ -69,7 +72,7 @@ class LookAhead:
     A use that is not certain counts as later than it is, by the time that the expert usually stays away, as far as it may fail to
     come. Before all these go the experts that none wants, the one with the fewest and oldest uses first: every use weighs half as
     much after `HALF_LIFE` (Lee et al., LRFU, 2001). Such a weight, as a logarithm, never changes until the next use, so that
-    the order is kept sorted and never made anew.
+    the order is kept in a heap and never made anew.
     """
 
     looks_ahead = True
@@ -79,8 +82,8 @@ class LookAhead:
         self._next_use: dict[Key, float] = {}  # the same, later for those that may fail to come
         self._interval = 0.0  # MoE layers between two uses of an expert, on average
         self._weight: dict[Key, float] = {}  # log2 of the sum of 2^(time of use), times in half-lives
-        self._order: list[tuple[float, float, Key]] = []  # (minus the next use, weight, expert), ascending
-        self._place: dict[Key, tuple[float, float, Key]] = {}  # of the resident ones, in _order
+        self._place: dict[Key, Place] = {}  # of the resident ones
+        self._heap: list[Place] = []  # all that is in _place, and what was
         self._time = 0.0  # half-lives
 
     def admitted(self, key: Key) -> None:
@@ -89,12 +92,11 @@ class LookAhead:
 
     def used(self, key: Key) -> None:
         self._touch(key)
-        if key in self._place:
-            self._remove(key)
+        if key in self._place and key not in self._wanted_at:  # among those that are wanted it counts for nothing
             self._insert(key)
 
     def evicted(self, key: Key) -> None:
-        self._remove(key)
+        del self._place[key]
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         before = self._wanted_at.pop(key, None)
@@ -106,14 +108,22 @@ class LookAhead:
             self._wanted_at[key] = position
             self._next_use[key] = position + (1 / probability - 1) * self._interval
         if key in self._place:
-            self._remove(key)
             self._insert(key)
 
     def finished(self) -> None:
         pass
 
     def order(self) -> Iterator[Key]:
-        return (key for _, _, key in self._order)
+        out: list[Place] = []
+        try:
+            while self._heap:
+                place = heapq.heappop(self._heap)
+                if self._place.get(place[2]) is place:
+                    out.append(place)
+                    yield place[2]
+        finally:  # whoever has found one goes no further
+            for place in out:
+                heapq.heappush(self._heap, place)
 
     def _touch(self, key: Key) -> None:
         self._time += 1 / (HALF_LIFE * (len(self._place) + 1))
@@ -121,8 +131,8 @@ class LookAhead:
         self._weight[key] = self._time + math.log2(1 + 2 ** (before - self._time))
 
     def _insert(self, key: Key) -> None:
-        self._place[key] = (-self._next_use.get(key, math.inf), self._weight[key], key)
-        bisect.insort(self._order, self._place[key])
-
-    def _remove(self, key: Key) -> None:
-        del self._order[bisect.bisect_left(self._order, self._place.pop(key))]
+        place = self._place[key] = (-self._next_use.get(key, math.inf), self._weight[key], key)
+        heapq.heappush(self._heap, place)
+        if len(self._heap) > 4 * len(self._place) + 64:
+            self._heap = list(self._place.values())
+            heapq.heapify(self._heap)

@@ -25,14 +25,14 @@ class JustInTime(Schedule):
     """The position whose experts stand in the order in which they will be wanted again."""
 
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
-        if position > min(self._wanted):
+        if position > self._now:
             return None
         return self._is_worth(key, position, victim)
 
-    def _open_queue(self) -> list[tuple[int, int, Key]] | None:
+    def _open_queue(self) -> list[tuple[int, float, Key]] | None:
         """Whoever is wanted again soonest gets the place of whoever is wanted last; the last in line are read in place."""
         queue = self._queue
-        if self._policy.looks_ahead and queue and queue[0][0] != self._ranked and queue[0][0] == min(self._wanted, default=-1):
+        if self._policy.looks_ahead and queue and queue[0][0] != self._ranked and self._wanted and queue[0][0] == self._now:
             now = self._ranked = queue[0][0]
             due = []
             while queue and queue[0][0] == now:

@@ -1,10 +1,11 @@
 """What a trace would move: the same schedule and the same policies as a run's, without a byte, a model or a thread.
 
-Its input is a history: per batch and MoE layer the experts that were used, and what tables said of it beforehand. It knows no tokens.
-Copies take no time and are made at plan time, as by a CopyEngine with `background=False`: the two agree on every hit and move.
+Its input is a history: per batch and MoE layer the experts that were used, and what tables said of it beforehand. It knows no
+tokens. Copies take no time and are made at plan time, as by a CopyEngine with `background=False`: the two agree on every hit and
+move.
 
-With tables (`simulate`), or without, where each layer's experts are copied when its router names them (`simulate_on_demand`), or as in
-Towards MoE Deployment, where a layer's experts run one after the other and each may take the slot of one that has run
+With tables (`simulate`), or without, where each layer's experts are copied when its router names them (`simulate_on_demand`), or as
+in Towards MoE Deployment, where a layer's experts run one after the other and each may take the slot of one that has run
 (`simulate_one_by_one`).
 """
 
