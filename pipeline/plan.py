@@ -50,7 +50,7 @@ def plan(config: Config) -> dict[str, Any]:
         pace = _pace(known, task, recorded, link)
         policies = config.plan.policies or list(POLICIES)
         rows = [expect(recorded.routed, b, s, p, pace) for b, s in budgets.items() for p in [*policies, MIN]]
-        print(_of_the_trace(config, recorded, pace))
+        print(_of_the_trace(recorded, pace))
         print("\n".join(table(rows, recorded.routed.count, known.free // known.layout.slot_bytes, config.store.policy)))
     else:
         print("no plan.trace: how many experts must move is not known; record one with `train`, predictor.kind=oracle")
@@ -138,7 +138,7 @@ def _of_the_link(known: Footprint, link: float | None) -> str:
     return f"link: {link / 1e9:.1f} GB/s from {known.directory} to the device; an expert takes {took:.3g} ms"
 
 
-def _of_the_trace(config: Config, recorded: Recorded, pace: Pace) -> str:
+def _of_the_trace(recorded: Recorded, pace: Pace) -> str:
     batches, layers = len(recorded.batches), len(recorded.routed.uses[0])
     used = recorded.routed.count / batches / layers
     text = f"trace: {recorded.routed.samples} rows in {batches} batches; each uses {used:.1f} experts per MoE layer"
