@@ -58,12 +58,12 @@ class Batch:
         On the right whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
         """
         rows = self.tokens.streams[stream]
-        ids = torch.full((len(rows), padded(max(map(len, rows)))), value, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        ids = np.full((len(rows), padded(max(map(len, rows)))), value, dtype=np.int64)
+        mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.from_numpy(row)
+            ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        return ids, mask
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:

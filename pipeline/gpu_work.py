@@ -27,9 +27,10 @@ class GPUWork:
     def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None):
         self._gpu, self._batch, self._top_t = gpu, batch.index, top_t
         host = gpu.spec.task.inputs(batch, padded)
-        masks = [host[name] for name in MASKS if name in host]
-        self._real = [mask.reshape(-1).nonzero().squeeze(1) for mask in masks]
-        self._tokens = [mask.numel() for mask in masks]
+        masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
+        self._real = [np.flatnonzero(mask) for mask in masks]
+        self._tokens = [len(mask) for mask in masks]
+        # Pinned: a copy from other memory waits for all that the GPU has been given before.
         self._inputs = {name: tensor.pin_memory() for name, tensor in host.items()}
         self._tables = self._padded(table) if table is not None else None
 
@@ -63,11 +64,10 @@ class GPUWork:
         if self._chosen is None:
             return []
         model = self._gpu.spec.model.shape
-        sizes = [self._tokens[stream] * model.top_k for stream in model.streams]
-        layers = self._chosen.split(sizes)
-        return [
-            layer.view(-1, model.top_k)[self._real[stream]].numpy() for layer, stream in zip(layers, model.streams, strict=True)
-        ]
+        chosen = self._chosen.numpy().reshape(-1, model.top_k)
+        ends = np.cumsum([self._tokens[stream] for stream in model.streams])
+        layers = np.split(chosen, ends[:-1])
+        return [layer[self._real[stream]] for layer, stream in zip(layers, model.streams, strict=True)]
 
     def _padded(self, table: HashTable) -> Tables:
         """A hash table for padded tokens; padding has no expert."""

@@ -124,11 +124,7 @@ class OnGPU:
         self._registered.close()
 
     def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> Outputs:
-        """Enqueues a forward: as a graph when its shape has been seen before.
-
-        Args:
-            host, tables: in pinned memory.
-        """
+        """Enqueues a forward: as a graph when its shape has been seen before."""
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")
@@ -176,7 +172,7 @@ class OnGPU:
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
         if tables is not None:
-            moved = [(e.to(self._device, non_blocking=True), w.to(self._device, non_blocking=True)) for e, w in tables]
+            moved = [(experts.to(self._device), weights.to(self._device)) for experts, weights in tables]
         masks = [inputs[name] for name in MASKS if name in inputs]
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t

@@ -52,7 +52,8 @@ class DeviceCopyEngine(Schedule):
         self._awaited: set[Key] = set()  # its experts that are not in slots yet
         self._unread: list[Key] = []  # its experts that are, and that no part of it has read
         self._enqueuing = False  # whoever was let go by `stage` puts the layer's kernels into the compute lane
-        self._demanded: set[Key] = set()
+        self._behind: list[tuple[int, list[Key]]] = []  # positions, and experts that they no longer want: see `_catch_up`
+        self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
         self._experts = sum(layer.experts for layer in arena.layout.layers)
@@ -118,11 +119,10 @@ class DeviceCopyEngine(Schedule):
         position = batch * self._layers + layer
         with self._changed:
             self._enqueuing = False
-            for key in self._unread:
-                self._want_no_more(position, key)
             gone = {*self._unread}
             self._wanted[position] = [key for key in self._wanted[position] if key not in gone]
-            self._unread.clear()
+            self._behind.append((position, self._unread))
+            self._unread = []
         self._proceed()
 
     def passed(self, batch: int, *layers: int) -> None:
@@ -132,12 +132,14 @@ class DeviceCopyEngine(Schedule):
         with self._changed:
             self._enqueuing = False
             for layer in layers:
-                self._pass(batch * self._layers + layer)
+                position = batch * self._layers + layer
+                self._behind.append((position, self._wanted.pop(position, [])))
         self._proceed()
 
     def finish(self, batch: int) -> None:
         with self._changed:
             self._enqueuing = False
+            self._catch_up()
             super().finish(batch)
 
     def demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
@@ -147,7 +149,7 @@ class DeviceCopyEngine(Schedule):
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
             self._pass(position)
             keys = [(layer, expert) for expert in experts]
-            self._demanded.update(key for key in keys if key not in self.slots)
+            self._demanded.update((key, position) for key in keys if key not in self.slots)
             self._want(position, keys)
         self._proceed()
 
@@ -197,9 +199,17 @@ class DeviceCopyEngine(Schedule):
             self._at_rest = False
             self._changed.notify_all()
 
-    def _pass(self, position: int) -> None:
-        super()._pass(position)
-        self._demanded = {key for key in self._demanded if key in self.slots}  # for the others there was no room
+    def _catch_up(self) -> None:
+        """Takes out of the future what has passed. Left to the copy thread, as far as it comes to it: the next layer is waiting."""
+        for position, keys in self._behind:
+            for key in keys:
+                self._want_no_more(position, key)
+        self._behind.clear()
+
+    def _want_no_more(self, position: int, key: Key) -> None:
+        super()._want_no_more(position, key)
+        if self._demanded.get(key) == position and key not in self.slots:  # there was no room
+            del self._demanded[key]
 
     def _victim(self, position: int) -> Key | None:
         return None if self._enqueuing else super()._victim(position)
@@ -231,6 +241,7 @@ class DeviceCopyEngine(Schedule):
         """Puts the next copy into the copy lane; False: enough are there, or there is none."""
         if self._closed or len(self._under_way) >= self._depth:
             return False
+        self._catch_up()
         copy = self._next_copy()
         if copy is None:
             return False
@@ -248,7 +259,7 @@ class DeviceCopyEngine(Schedule):
             self.slots.complete(key)
             self.is_complete = self.is_complete or self.slots.ready_count == self._experts
             self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-            self._demanded.discard(key)
+            self._demanded.pop(key, None)
             if key in self._awaited:
                 self._awaited.remove(key)
                 self._unread.append(key)

@@ -127,15 +127,18 @@ class Schedule:
             self._want_no_more(position, key)
 
     def _want_no_more(self, position: int, key: Key) -> None:
-        self._set_aside.discard((position, key))
+        if self._set_aside:
+            self._set_aside.discard((position, key))
         if self._early.get(key) == position:
             del self._early[key]
+        if self._probability:
+            self._probability.pop((position, key), None)
         uses = self._next_uses[key]
-        first = uses[0] == position
-        uses.remove(position)
-        self._probability.pop((position, key), None)
-        if first:
+        if uses[0] == position:
+            del uses[0]
             self._has_next(key)
+        else:
+            uses.remove(position)
 
     def _has_next(self, key: Key) -> None:
         """An expert's next use is another than before, or there is none. Who has no slot is to be copied by then."""
@@ -143,10 +146,11 @@ class Schedule:
         if not uses:
             self._policy.wanted(key, None)
             return
-        probability = self._probability.get((uses[0], key), 1.0)
-        self._policy.wanted(key, uses[0], probability)
+        position = uses[0]
+        probability = self._probability.get((position, key), 1.0)
+        self._policy.wanted(key, position, probability)
         if key not in self.slots:
-            heapq.heappush(self._queue, (uses[0], 1 - probability, key))
+            heapq.heappush(self._queue, (position, 1 - probability, key))
 
     @property
     def _now(self) -> int:
