@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from pipeline.prepare import prepare
 from pipeline.recorded import replay
 from pipeline.run import run
 from pipeline.train import train
+from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Random
 from store.checkpoint import DTYPES, Checkpoint
@@ -166,6 +168,26 @@ def test_expected_moves_are_those_of_a_run(make, trace, policy):
     executor.close()
     assert sum(sum(s.misses) for s in stats) == expected.misses
     assert sum(s.moves for s in stats) == expected.moves
+
+
+def test_a_recorded_trace_is_in_the_order_of_the_input_whatever_the_order_of_its_batches(make, tmp_path):
+    config = make(batch={"size": 4, "order": "input"})
+    rows = [row for batch in prepare(config).batches for row in batch.tokens.streams[0]]
+    path = tmp_path / "trace.safetensors"
+    train(make(batch={"size": 4, "order": "length"}, predictor={"kind": "oracle", "path": str(path)}))
+    recorded = traces.load(path, prepare(config).model.shape, None).tokens.streams[0]
+    assert [row.tolist() for row in recorded] == [row.tolist() for row in rows]
+
+
+def test_with_overlap_order_the_batches_are_those_that_a_run_would_make(make, trace):
+    rows = {}
+    for order in ("input", "overlap"):
+        config = make(plan={"trace": trace}, batch={"size": 4, "order": order, "window": 12})
+        rows[order] = [batch.rows.tolist() for batch in replay(config, prepare(config).model).batches]
+    assert rows["input"] != rows["overlap"]
+    for start in range(0, 8, 3):
+        window = slice(start, start + 3)
+        assert sorted(chain(*rows["overlap"][window])) == list(chain(*rows["input"][window]))
 
 
 def test_what_does_not_fit_is_said_with_what_is_missing(make, monkeypatch):
