@@ -29,6 +29,7 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
+        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
     """
 
@@ -41,6 +42,7 @@ class ExecutorSpec:
     threads: int
     background: bool = True
     demand: bool = False
+    read_ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ yield its results. A call carries all that it needs, so that Ray may repeat it o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,11 @@ from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import BatchResult, Executor
 from pipeline.models import load_embedding
+from pipeline.regroup import Grouping, Regrouping, chunks, rebuilt, regroup, row_tables, windows
 from pipeline.window import MAX_LOOKAHEAD, Window
-from predictor.actor import Predictor
+from predictor.actor import Prediction, Predictor
 from predictor.registry import PredictorSpec
+from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo, ExpertStore
 from store.load import Placement
 from store.weights import Source
@@ -85,27 +88,75 @@ class Actors:
         for actor in (self.executor, self.predictor):
             ray.kill(actor)
 
-    def submit(self, batch: Batch, routing: str) -> ray.ObjectRef:
-        """Sends a batch on its way: predicted, planned, executed."""
-        prediction = self.predictor.predict.remote(batch.tokens)
+    def submit(self, batch: Batch, prediction: Prediction | None, routing: str) -> ray.ObjectRef:
+        """Sends a batch on its way: predicted, if it is not yet, planned, executed."""
+        if prediction is None:
+            prediction = self.predictor.predict.remote(batch.tokens)
         return self.executor.execute.remote(batch, prediction, routing)
 
 
 def run_batches(
-    actors: Actors, batches: list[Batch], routing: str, slots: int, lookahead: int | Literal["auto"]
+    actors: Actors,
+    batches: Iterable[tuple[Batch, Prediction | None]],
+    routing: str,
+    slots: int,
+    lookahead: int | Literal["auto"],
 ) -> Iterator[BatchResult]:
     """Runs batches in the order given and yields their results in that order.
 
     At most `lookahead` batches are ahead of the one that is executed, which bounds every queue.
+
+    Args:
+        batches: those without a prediction are predicted on their way.
     """
-    waiting, under_way = deque(batches), deque[ray.ObjectRef]()
+    waiting, under_way = iter(batches), deque[ray.ObjectRef]()
     window = Window(slots, lookahead)
-    while waiting or under_way:
-        while waiting and len(under_way) <= window.lookahead:
-            under_way.append(actors.submit(waiting.popleft(), routing))
+    while True:
+        for batch, prediction in islice(waiting, max(0, window.lookahead + 1 - len(under_way))):
+            under_way.append(actors.submit(batch, prediction, routing))
+        if not under_way:
+            return
         done: BatchResult = result(under_way.popleft())
         window.saw(done.stats.predicted_uses)
         yield done
+
+
+def overlapping(
+    actors: Actors,
+    batches: list[Batch],
+    settings: Regrouping,
+    done: Collection[int],
+    groupings: dict[int, Grouping],
+    decided: Callable[[int, Grouping], None],
+) -> Iterator[tuple[Batch, Prediction]]:
+    """The batches of `batch.order: overlap` that are not done yet; the tables of a window are made while the one before it runs.
+
+    Args:
+        batches: in the order of the input.
+        groupings: decided before, by the window's first row.
+        decided: told of any other, before its first batch.
+    """
+    left = [window for window in windows(batches, settings.batch) if any(batch.index not in done for batch in window)]
+    asked = [_ask(actors, window) for window in left[:1]]
+    for window, following in zip_longest(left, left[1:]):
+        parts, refs = asked.pop()
+        asked += [_ask(actors, following)] if following else []
+        predictions: list[Prediction] = result(refs)
+        tables = row_tables(parts, [prediction.table for prediction in predictions], settings.shape)
+        first = int(window[0].rows[0])
+        if first not in groupings:
+            groupings[first] = regroup(window, tables, settings)
+            decided(first, groupings[first])
+        start, end = predictions[0].start, predictions[0].start + sum(p.end - p.start for p in predictions)
+        for at, (batch, table) in enumerate(rebuilt(window, groupings[first], tables)):
+            if batch.index not in done:
+                share = (end - start) // len(window)  # of the time that the window's tables took
+                yield batch, Prediction(table, start + at * share, start + (at + 1) * share)
+
+
+def _ask(actors: Actors, window: list[Batch]) -> tuple[list[TokenBatch], list[ray.ObjectRef]]:
+    parts = chunks(window)
+    return parts, [actors.predictor.predict.remote(part) for part in parts]
 
 
 def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:

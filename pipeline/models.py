@@ -22,12 +22,13 @@ from pipeline.classifier import SwitchTransformersForSequenceClassification
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.families import FAMILIES, Family, MoELayer
-from pipeline.hub import local_checkpoint, local_tokenizer
+from pipeline.hub import headers, local_checkpoint, local_tokenizer
 from pipeline.recipes import RECIPES
 from predictor.tokens import RoutingShape
 from store.arena import Arena
 from store.checkpoint import CheckpointSource
 from store.errors import CheckpointError
+from store.headers import Headers
 from store.load import Placement
 from store.random_weights import RandomWeights
 from store.weights import Source, Weights
@@ -68,14 +69,19 @@ class ModelSpec:
         return AutoConfig.for_model(**self.config)
 
 
-def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weights]:
+def describe(config: ModelConfig, device: torch.device, only_headers: bool = False) -> tuple[ModelSpec, Weights]:
     """Reads a model's config and its checkpoint's headers, or what its random weights would be.
+
+    Args:
+        only_headers: read no value, and download none: what the config ties and the checkpoint has twice counts as tied.
 
     Raises:
         ModelError: no such model or tokenizer, a family that is not served, or a model without experts.
         CheckpointError: a damaged file, or a tensor that is missing or of a wrong shape.
     """
-    directory = local_checkpoint(config.path) if config.path is not None else None
+    directory, known = None, None
+    if config.path is not None:
+        directory, known = headers(config.path) if only_headers else (local_checkpoint(config.path), None)
     file = directory / "config.json" if directory else Path(config.config or "")
     pretrained = _read_config(file)
     model_type = pretrained.model_type
@@ -83,10 +89,10 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weig
         raise ModelError(f"{file}: model type {model_type!r} has no experts that are served; served: {', '.join(FAMILIES)}")
     architecture = (pretrained.architectures or ["none"])[0]
     model = on_meta(pretrained, architecture, str(file))
-    source = CheckpointSource(directory.absolute()) if directory else _random_weights(config, file, model)
+    source: Source = CheckpointSource(directory.absolute()) if directory else _random_weights(config, file, model)
     tokenizer = local_tokenizer(config.tokenizer) if config.tokenizer is not None else directory
     assert tokenizer is not None, "a config without model.path names a tokenizer"
-    weights = source.open()
+    weights = known or source.open()
     layers, expert_shapes = _without_experts(model, _only_router)
     if not layers:
         raise ModelError(f"{source}: the model has no experts (no sparse layers in its config): nothing to offload")
@@ -217,7 +223,8 @@ def _backbone(model: PreTrainedModel, weights: Weights, file: Path) -> dict[str,
 
 def _equal(weights: Weights, name: str, other: str) -> bool:
     a, b = weights.info(name), weights.info(other)
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(weights.read(name), weights.read(other))
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and (isinstance(weights, Headers) or torch.equal(weights.read(name), weights.read(other)))
 
 
 def _check_shape(weights: Weights, name: str, wanted: tuple[int, ...]) -> None:

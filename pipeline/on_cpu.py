@@ -18,6 +18,7 @@ from predictor.hash_table import HashTable
 from store.arena import Arena
 from store.copies import CopyEngine
 from store.eviction import POLICIES
+from store.read_ahead import ReadAheadEngine
 from store.slots import Slots
 
 
@@ -29,7 +30,8 @@ class OnCPU:
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         self._task, self._top_k = spec.task, spec.model.shape.top_k
         cpu = torch.device("cpu")
-        self._engine = CopyEngine(arena, Slots(arena, spec.slots, cpu), POLICIES[spec.policy](), spec.background)
+        engine = ReadAheadEngine if spec.read_ahead else CopyEngine
+        self._engine = engine(arena, Slots(arena, spec.slots, cpu), POLICIES[spec.policy](), spec.background)
         self._current = Current()
 
         def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:

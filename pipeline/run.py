@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from ray.exceptions import RayError
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, run_batches, start_store
+from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
 from pipeline.prepare import Prepared, check_predictor, prepare
 from pipeline.progress import bar
+from pipeline.regroup import Grouping, Regrouping
 from pipeline.report import report
 from pipeline.timeline import timeline
+from predictor.actor import Prediction
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -36,7 +39,9 @@ def run(config: Config) -> dict[str, Any]:
     check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
     output = OutputDir(config)
     try:
-        entries = output.unfinished(prepared.identity)
+        journal = output.unfinished(prepared.identity)
+        entries = [entry for entry in journal if "batch" in entry]
+        groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
@@ -47,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
-                entries = _execute(actors, prepared, output, entries)
+                entries = _execute(actors, prepared, output, entries, groupings)
                 actors.finish()
             finally:
                 _stop(store, actors, config.store.keep)
@@ -82,8 +87,10 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
     return arena
 
 
-def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs the batches that the journal does not have yet; returns all of the journal's entries.
+def _execute(
+    actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]], groupings: dict[int, Grouping]
+) -> list[dict[str, Any]]:
+    """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
     Under hash routing a second pass asks the model's own routers, to say how far the answers are from exact.
     """
@@ -92,17 +99,24 @@ def _execute(actors: Actors, prepared: Prepared, output: OutputDir, entries: lis
     if config.routing == "hash":
         passes.append(("exact", [Batch(b.index + len(batches), b.rows, b.tokens, b.targets) for b in batches]))
     done = {entry["batch"] for entry in entries}
+
+    def decided(window: int, rows: Grouping) -> None:
+        output.add({"window": window, "rows": rows})
+
     predictions = InOrder(output.path / PREDICTIONS)
     for entry in entries:
         if entry["batch"] < len(batches):
             predictions.add(entry["results"])
     for number, (routing, todo) in enumerate(passes):
         left = [batch for batch in todo if batch.index not in done]
+        work: Iterable[tuple[Batch, Prediction | None]] = ((batch, None) for batch in left)
+        if config.batch.order == "overlap":
+            work = overlapping(actors, todo, Regrouping(config.batch, prepared.model.shape, routing), done, groupings, decided)
         label = f"{routing} routing" if number == 0 else "exact routing, to compare"
         with bar(label, len(prepared.rows)) as shown:
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
-            for item in run_batches(actors, left, routing, prepared.slots, config.predictor.lookahead):
+            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead):
                 now = time.perf_counter()
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now

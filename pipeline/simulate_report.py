@@ -16,16 +16,9 @@ from typing import Any
 from pipeline.output import write_whole
 
 Row = dict[str, Any]
-COLOURS = {
-    "fifo": "#7d8797",
-    "lru": "#3573cf",
-    "lfu": "#b07a10",
-    "lifo": "#9c4fa8",
-    "priority": "#35a892",
-    "lookahead": "#d1583a",
-}
-WIDTHS = {"fifo": 5.5, "lru": 4.2, "lfu": 3.0, "lifo": 1.4, "priority": 3.6, "lookahead": 1.5}
-"""Policies often move the same: who lies below is wider."""
+COLOURS = ("#7d8797", "#3573cf", "#b07a10", "#9c4fa8", "#35a892", "#d1583a")
+WIDEST, THINNEST = 5.5, 1.5
+"""Lines often lie on each other: the first policy's is the widest and lowest."""
 DPI, SHADES = 90, 200
 """A picture stays below 100 kB, and fits a repository."""
 
@@ -80,13 +73,14 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     rows += [row | {"predictor": "experts one by one"} for row in report["one_by_one"]]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure = Figure(figsize=(3.4 * len(batches), 2.3 * len(predictors) + 0.8), layout="constrained")
     panels = figure.subplots(len(predictors), len(batches), squeeze=False, sharex=True)
     for down, predictor in enumerate(predictors):
         for across, batch in enumerate(batches):
             axes = panels[down][across]
             mine = [row for row in rows if (row["predictor"], row["batch"]) == (predictor, batch)]
-            _panel(axes, mine)
+            _panel(axes, mine, policies)
             if down == 0:
                 axes.set_title(f"batches of {batch}: {mine[0]['experts_used_per_layer']:g} experts per layer", fontsize=9)
             if across == 0:
@@ -94,7 +88,7 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
             if down == len(predictors) - 1:
                 axes.set_xlabel("budget: share of experts with a slot", fontsize=8)
     lines, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 2 + 2 * len(batches)), fontsize=8, frameon=False)
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 1 + 2 * len(batches)), fontsize=8, frameon=False)
     figure.suptitle(f"{Path(report['model']).stem}, {Path(report['workload']).name}: fewer moves are better", fontsize=10)
     whole = BytesIO()
     figure.savefig(whole, dpi=DPI)
@@ -102,13 +96,15 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     return [directory / "simulate.png"]
 
 
-def _panel(axes: Any, rows: list[Row]) -> None:
+def _panel(axes: Any, rows: list[Row], policies: list[str]) -> None:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     for policy in dict.fromkeys(row["policy"] for row in rows):
         ys = [row["moves"] / max(row["uses"], 1) for row in rows if row["policy"] == policy]
-        axes.plot(range(len(ys)), ys, linewidth=WIDTHS[policy], color=COLOURS[policy], label=policy, solid_capstyle="round")
+        at = policies.index(policy)
+        width = WIDEST - (WIDEST - THINNEST) * at / max(1, len(policies) - 1)
+        axes.plot(range(len(ys)), ys, linewidth=width, color=COLOURS[at % len(COLOURS)], label=policy, solid_capstyle="round")
     least = {row["budget"]: row["fewest_moves"] / max(row["uses"], 1) for row in rows}
-    axes.plot(range(len(budgets)), list(least.values()), "--", color="black", linewidth=1.2, label="MIN (perfect foresight)")
+    axes.plot(range(len(budgets)), list(least.values()), "--", color="black", linewidth=1.2, label="MIN")
     axes.set_xticks(range(len(budgets)), budgets)
     axes.set_ylim(0, min(2.5, axes.get_ylim()[1]))
     axes.tick_params(labelsize=7)

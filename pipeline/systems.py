@@ -24,6 +24,7 @@ from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError
 from pipeline.executor import BatchResult, Executor
+from pipeline.static_gating import static_model
 from pipeline.whole import Pass, Transformers, numbers, whole_model
 from pipeline.window import Window
 from pipeline.workload import Combination, Workload, mapped
@@ -135,6 +136,13 @@ class Accelerate(Transformers):
         cuda.unregister(self._registered.data_ptr())
 
 
+def _static_gating(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device(workload.prepared.device)
+    with mapped(prepared) as arena:
+        model = static_model(prepared.model, arena, prepared.config.bench.capacity, device)
+        return Transformers(model, prepared.task, device)
+
+
 def _ray(workload: Workload, given: Combination) -> Running:
     from pipeline.ray_system import ThroughRay  # Ray is started for it
 
@@ -180,6 +188,7 @@ def _lstm(workload: Workload) -> list[str]:
 SYSTEMS: dict[str, Kind] = {
     "transformers": Kind(_transformers, has_budget=False),
     "cpu": Kind(_cpu, has_budget=False),
+    "static-gating": Kind(_static_gating, has_budget=False),
     "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
     "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
     "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
@@ -198,6 +207,8 @@ def check_systems(config: Config, device: str) -> None:
     """
     if not config.bench.systems:
         raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
+    if config.batch.order == "overlap":
+        raise ConfigError("batch.order: 'overlap' needs tables before there are batches; a bench has input or length")
     for name in config.bench.systems:
         if name not in SYSTEMS:
             near = difflib.get_close_matches(name, SYSTEMS, n=1)

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from predictor.hash_table import HashTable, from_probabilities
+from predictor.hash_table import HashTable, from_probabilities, join, split
+from predictor.tokens import TokenBatch
 
 
 def brute_force_uses(experts: np.ndarray, probability: np.ndarray) -> dict[int, float]:
@@ -95,3 +96,21 @@ def test_when_the_table_is_the_routing_every_expert_it_names_is_needed():
     experts, probability = random_table(np.random.default_rng(5), tokens=6, experts=8, top_k=2)
     table = HashTable((experts,), (probability,), (probability,))
     assert dict(table.uses_under("hash")[0]) == dict.fromkeys(np.unique(experts).tolist(), 1.0)
+
+
+def test_a_table_taken_apart_by_rows_is_put_together_again():
+    """Two MoE layers, each with a stream of its own."""
+    rng = np.random.default_rng(0)
+    lengths = ((3, 1, 4), (2, 5, 1))
+    tokens = TokenBatch(tuple(tuple(rng.integers(0, 9, n) for n in stream) for stream in lengths))
+    layers = [random_table(rng, sum(stream), experts=6, top_k=2) for stream in lengths]
+    experts, probability = zip(*layers, strict=True)
+    whole = HashTable(experts, probability, probability)
+    rows = split(whole, tokens, (0, 1))
+    assert [[len(layer) for layer in row.experts] for row in rows] == [list(pair) for pair in zip(*lengths, strict=True)]
+    again = join(rows)
+    for name in ("experts", "probability", "scaling"):
+        for mine, theirs in zip(getattr(again, name), getattr(whole, name), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    swapped = join([rows[2], rows[0]])
+    np.testing.assert_array_equal(swapped.experts[0], np.concatenate([experts[0][4:], experts[0][:3]]))
