@@ -140,8 +140,8 @@ class Executor:
             device_memory_peak_bytes=self._device.memory_peak_bytes,
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and done.answer.chosen:
-            truth = [chosen[:, 0] for chosen in done.answer.chosen]
+        truth = [chosen[:, 0] for chosen in done.answer.chosen]
+        if prediction is not None and [len(t) for t in truth] == [len(t) for t in prediction.table.experts]:
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)

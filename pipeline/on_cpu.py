@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from pipeline.data import Batch
 from pipeline.device import Answer, ExecutorSpec
-from pipeline.experts import Current, Forward, SlotMoE
-from pipeline.families import Family
+from pipeline.experts import Current, Forward, SlotExperts
 from pipeline.models import build
+from pipeline.routing import Expert
 from predictor.hash_table import HashTable
 from store.arena import Arena
 from store.copies import CopyEngine
@@ -31,10 +30,10 @@ class OnCPU:
         self._engine = CopyEngine(arena, Slots(arena, spec.slots, cpu), POLICIES[spec.policy](), spec.background)
         self._current = Current()
 
-        def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-            return SlotMoE(family, router, layer, stream, self._engine, self._current)
+        def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
+            return SlotExperts(layer, stream, expert, self._engine, self._current)
 
-        self._model = build(spec.model, arena, moe, cpu)
+        self._model = build(spec.model, arena, experts, cpu)
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch, uses)
@@ -42,13 +41,14 @@ class OnCPU:
     def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
         inputs = self._task.inputs(batch, lambda longest: longest)
         masks = [inputs["attention_mask"], inputs.get("decoder_attention_mask")]
-        real = tuple(mask.reshape(-1).nonzero().squeeze(1) for mask in masks if mask is not None)
+        real = tuple(mask.reshape(-1).bool() for mask in masks if mask is not None)
         forward = self._current.forward = Forward(batch.index, real, table, top_t or 1)
         try:
             outputs = self._task.forward(self._model, inputs)
         finally:
             self._engine.finish(batch.index)
-        return Answer(outputs, [layer.top[:, : self._top_k] for layer in forward.decisions], forward.decisions)
+        decisions = [forward.decisions[layer] for layer in sorted(forward.decisions)]
+        return Answer(outputs, [layer.top[:, : self._top_k] for layer in decisions], decisions)
 
     def take(self) -> Movement:
         return self._engine.take()

@@ -13,15 +13,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.data import Batch
 from pipeline.device import Answer, ExecutorSpec
-from pipeline.device_experts import Counters, CurrentForward, DeviceForward, DeviceMoE
-from pipeline.families import Family
+from pipeline.device_experts import Counters, CurrentForward, DeviceExperts, DeviceForward
+from pipeline.expert_shape import ExpertShape
 from pipeline.graphs import MASKS, GraphedForward, Outputs
 from pipeline.grouping import tiles_for
 from pipeline.models import build
+from pipeline.routing import Expert
 from pipeline.tasks import Inputs
 from predictor.hash_table import HashTable
 from store import cuda
@@ -69,15 +69,16 @@ class OnGPU:
             self._counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
             begin = slots.memory.data_ptr()
-            self._shapes = [spec.model.family.expert_shape(layout) for layout in arena.layout.layers]
+            self._shapes: list[ExpertShape] = []
 
-            def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-                shape = self._shapes[layer]
+            def experts(layer: int, stream: int, expert: Expert) -> DeviceExperts:
+                shape = expert.shape(arena.layout.layers[layer])
+                self._shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceMoE(family, router, layer, stream, shape, entries, span, self._counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self._counters, self._current)
 
-            self._model = build(spec.model, arena, moe, device)
+            self._model = build(spec.model, arena, experts, device)
         self._lanes = CudaLanes(arena, slots, table, self._stream)
         self._engine = DeviceCopyEngine(arena, slots, POLICIES[spec.policy](), self._lanes)
         self._graphs: dict[tuple, GraphedForward | None] = {}
