@@ -20,9 +20,9 @@ from pipeline.device_experts import Counters, CurrentForward, DeviceExperts, Dev
 from pipeline.expert_shape import ExpertShape
 from pipeline.graphs import MASKS, GraphedForward, Outputs
 from pipeline.grouping import tiles_for
+from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
 from pipeline.routing import Expert
-from pipeline.tasks import Inputs
 from predictor.hash_table import HashTable
 from store import cuda
 from store.arena import Arena
@@ -101,13 +101,16 @@ class OnGPU:
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch, uses)
 
-    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
+    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Answer:
         host = self._spec.task.inputs(batch, padded)
         real = [host[name].reshape(-1).nonzero().squeeze(1) for name in MASKS if name in host]
         tables = self._padded(table, host, real) if table is not None else None
         with torch.cuda.stream(self._stream):
             try:
-                outputs = self._forward(batch.index, host, tables, top_t)
+                if self._spec.task.one_forward:
+                    outputs = self._forward(batch.index, host, tables, top_t)
+                else:
+                    outputs = self._eager(batch.index, host, tables, top_t, "many forwards", hear)
                 # One word from the GPU per batch, when all is done.
                 results = outputs.results.to("cpu", non_blocking=True)
                 chosen = [layer.to("cpu", non_blocking=True) for layer in outputs.chosen]
@@ -173,7 +176,9 @@ class OnGPU:
             self._engine.demand(batch, layer, counts[:-1].cpu().numpy().nonzero()[0].tolist())
         self._engine.stage(batch, layer)
 
-    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> Outputs:
+    def _eager(
+        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
+    ) -> Outputs:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device) for name, tensor in host.items()}
         moved = [(e.to(self._device), w.to(self._device)) for e, w in tables] if tables is not None else None
@@ -181,7 +186,7 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._hold, batch), partial(self._engine.passed, batch), top_t
         )
-        return Outputs(self._spec.task.forward(self._model, inputs), now.chosen, [], now.decisions)
+        return Outputs(self._spec.task.forward(self._model, inputs, hear), now.chosen, [], now.decisions)
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}
