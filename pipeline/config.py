@@ -17,6 +17,7 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
 from pipeline.recipes import RECIPES
+from pipeline.sampling import Sampling
 from predictor.registry import KINDS
 from predictor.training import TrainSettings
 from store.eviction import POLICIES
@@ -132,9 +133,11 @@ class BenchConfig:
 class Config:
     model: ModelConfig
     data: DataConfig
-    task: Literal["classify", "score"] = "classify"
+    task: Literal["classify", "score", "generate"] = "classify"
     labels: dict[str, str] = field(default_factory=dict, metadata={"read": _labels})
     """classify: label in the data -> the word that a text-to-text model writes for it."""
+    generate: Sampling = field(default_factory=Sampling)
+    """generate: how much is written, and how tokens are chosen."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -239,5 +242,10 @@ def _check(config: Config, source: str) -> None:
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
+    problem = config.generate.problem()
+    require(problem is None, problem or "")
+    require(
+        config.predictor.kind != "none" or config.routing == "exact", "'routing: hash' needs tables; predictor.kind none has none"
+    )
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

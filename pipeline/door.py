@@ -57,6 +57,8 @@ class Door:
     def find(self, model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer | None:
         if not hasattr(module, "_is_expert_parallel") or not hasattr(module, "has_gate"):
             return None
+        if any(f"{name}.{part}" in model.all_tied_weights_keys for part in _parts(module)):
+            raise ModelError(f"{model.name_or_path}: two stacks of {type(model).__name__} share their experts, which is not served")
         shapes = {part: tuple(tensor.shape[1:]) for part, tensor in _parts(module).items()}
         count = next(iter(_parts(module).values())).shape[0]
         experts = tuple({part: f"{name}.{part}[{e}]" for part in shapes} for e in range(count))

@@ -16,8 +16,8 @@ import torch
 
 from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec
+from pipeline.inputs import Hear, Result
 from pipeline.on_cpu import OnCPU
-from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
 from predictor.hash_table import HashTable
@@ -49,6 +49,12 @@ class BatchStats:
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
+    first_token_ms: float | None = None
+    """Of a task that generates, from the batch's start to the first new token of each row."""
+    token_ms: list[float] = field(default_factory=list)
+    """The same for each further step."""
+    new_tokens: int = 0
+    """Of all rows."""
     accuracy: Accuracy = field(default_factory=Accuracy)
     load: list[list[int]] = field(default_factory=list)
     """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
@@ -81,6 +87,8 @@ class Computed:
     moved: Movement
     start: int
     end: int
+    steps: list[int]
+    """When each new token of the rows came, for a task that generates."""
 
 
 class Executor:
@@ -96,6 +104,7 @@ class Executor:
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
         self._starting = self._compute.submit(_make_device, spec, arena)
         self._closed = False
+        self._spoken: dict[int, list[list[int]]] = {}
 
     def ready(self) -> int:
         """The process id: answers once the model stands.
@@ -110,18 +119,20 @@ class Executor:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
         self._device.plan(batch, prediction.table.uses_under(routing))
 
-    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
+    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
+            hear: called with every new token of a task that generates, in the thread that computes. Another process asks `spoken`.
         """
         assert routing == "exact" or prediction is not None
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
         table = prediction.table if prediction is not None and routing == "hash" else None
-        done = self._compute.submit(self._run, batch, table).result()
+        done = self._compute.submit(self._run, batch, table, None, hear).result()
         moved = done.moved
+        steps = np.diff([done.start, *done.steps]) / 1e6
         stats = BatchStats(
             start=done.start,
             end=done.end,
@@ -138,15 +149,24 @@ class Executor:
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
+            first_token_ms=float(steps[0]) if len(steps) else None,
+            token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
         truth = [chosen[:, 0] for chosen in done.answer.chosen]
-        if prediction is not None and [len(t) for t in truth] == [len(t) for t in prediction.table.experts]:
+        if prediction is not None and _is_about(prediction.table, truth):
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats)
+        results = self._spec.task.results(batch, done.answer.outputs)
+        stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
+        self._spoken.pop(batch.index, None)
+        return BatchResult(batch.index, results, stats)
+
+    def spoken(self, batch: int) -> list[list[int]]:
+        """What a batch under way has generated so far: per step the new token of each row, -1 in rows that were done."""
+        return list(self._spoken.get(batch, ()))
 
     def trace(self, batch: Batch, top_t: int) -> Trace:
         """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
@@ -170,11 +190,21 @@ class Executor:
         return self._starting.result()
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:
+    def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Computed:
         """In the compute thread: the forward, and nothing that could be done beside the next one."""
+        steps: list[int] = []
+        spoken: list[list[int]] = []
+        self._spoken[batch.index] = spoken
+
+        def heard(tokens: np.ndarray, awake: np.ndarray) -> None:
+            steps.append(time.time_ns())
+            spoken.append(tokens.tolist())
+            if hear is not None:
+                hear(tokens, awake)
+
         start = time.time_ns()
-        answer = self._device.run(batch, table, top_t)
-        return Computed(answer, self._device.take(), start, time.time_ns())
+        answer = self._device.run(batch, table, top_t, heard)
+        return Computed(answer, self._device.take(), start, time.time_ns(), steps)
 
 
 def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
@@ -183,6 +213,11 @@ def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
     from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
 
     return OnGPU(spec, arena)
+
+
+def _is_about(table: HashTable, truth: list[np.ndarray]) -> bool:
+    """Whether a table names experts for what the routers decided: not under hash routing, nor where a layer was not reached."""
+    return [len(layer) for layer in truth] == [len(layer) for layer in table.experts] and table.experts[0].shape[1] > 0
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.device_experts import CurrentForward, DeviceForward
-from pipeline.tasks import Inputs
+from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
 
 

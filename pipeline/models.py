@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from pipeline.config import ModelConfig
 from pipeline.door import NAME, stacked
@@ -52,10 +52,18 @@ class ModelSpec:
     shape: RoutingShape
     embedding: str
     """The name of the input embeddings' weight in the arena's backbone."""
+    stop: tuple[int, ...] = ()
+    """Ids with which it ends what it writes."""
 
     @property
     def is_encoder_decoder(self) -> bool:
         return bool(self.config.get("is_encoder_decoder")) and self.architecture.endswith("ForConditionalGeneration")
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that it can read; None: its positions have no end."""
+        context = getattr(self.pretrained_config().get_text_config(), "max_position_embeddings", None)
+        return context if isinstance(context, int) and context > 0 else None
 
     @property
     def generates(self) -> bool:
@@ -122,7 +130,18 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weig
             vocab_size=pretrained.get_text_config().vocab_size,
         ),
         embedding,
+        _stop(pretrained, directory),
     ), weights
+
+
+def _stop(config: transformers.PretrainedConfig, directory: Path | None) -> tuple[int, ...]:
+    """As generation_config.json says, where there is one; else as the config does."""
+    try:
+        stop = GenerationConfig.from_pretrained(directory).eos_token_id if directory is not None else None
+    except (OSError, ValueError, TypeError):
+        stop = None
+    stop = stop if stop is not None else getattr(config.get_text_config(), "eos_token_id", None)
+    return tuple(stop) if isinstance(stop, list | tuple) else (stop,) if stop is not None else ()
 
 
 def build(spec: ModelSpec, arena: Arena, make: MakeExperts, device: torch.device) -> PreTrainedModel:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pipeline.data import Batch
 from pipeline.device import Answer, ExecutorSpec
 from pipeline.experts import Current, Forward, SlotExperts
+from pipeline.inputs import Hear
 from pipeline.models import build
 from pipeline.routing import Expert
 from predictor.hash_table import HashTable
@@ -38,13 +40,19 @@ class OnCPU:
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch, uses)
 
-    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
+    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Answer:
         inputs = self._task.inputs(batch, lambda longest: longest)
         masks = [inputs["attention_mask"], inputs.get("decoder_attention_mask")]
         real = tuple(mask.reshape(-1).bool() for mask in masks if mask is not None)
         forward = self._current.forward = Forward(batch.index, real, table, top_t or 1)
+
+        def heard(tokens: np.ndarray, awake: np.ndarray) -> None:
+            forward.awake = torch.from_numpy(awake)
+            if hear is not None:
+                hear(tokens, awake)
+
         try:
-            outputs = self._task.forward(self._model, inputs)
+            outputs = self._task.forward(self._model, inputs, heard)
         finally:
             self._engine.finish(batch.index)
         decisions = [forward.decisions[layer] for layer in sorted(forward.decisions)]

@@ -3,14 +3,15 @@
 Their MoE module is replaced by `RoutedMoE`, which keeps its router. Both routers have a capacity, so that which tokens are dropped
 depends on the batch: the model's own router is asked, always on the whole padded batch.
 
-NLLB-MoE: the experts' forward of transformers 5.23 takes the router's mask for indices, so that of all experts only 0 and 1 are
-ever used. Here the router is taken at its word, as transformers 4 did and as the published weights were trained.
+NLLB-MoE: the experts' forward of transformers 5.23 takes the router's mask, zeros and ones, for the numbers of experts, so that
+only experts 0 and 1 are ever used. Here a token goes to the experts that its router chose, as in transformers 4 and in training.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,22 +46,18 @@ class RoutedMoE(nn.Module):
 class TwoLinears:
     """An ungated expert with ReLU (pipeline.routing.Expert)."""
 
-    def __init__(self, up: str, down: str, scale: float = 1.0):
+    def __init__(self, up: str, down: str):
         """
         Args:
-            up, down: the parts' names; `up.bias` is looked for as well.
-            scale: of the output.
+            up, down: the parts' names; `up.bias` and `down.bias` are looked for as well.
         """
-        self._up, self._down, self._scale = up, down, scale
+        self._up, self._down = up, down
 
     def __call__(self, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         inner = nn.functional.linear(tokens, weights[self._up], weights.get(f"{self._up}.bias")).relu()
-        output = nn.functional.linear(inner, weights[self._down], weights.get(f"{self._down}.bias"))
-        return output if self._scale == 1.0 else output * self._scale
+        return nn.functional.linear(inner, weights[self._down], weights.get(f"{self._down}.bias"))
 
     def shape(self, layout: LayerLayout) -> ExpertShape:
-        if self._scale != 1.0:
-            raise ModelError("moe_token_dropout: no GPU kernel scales an expert's output; write `device: cpu`")
         parts = {part.name: part for part in layout.block.parts}
         up, down = parts[self._up], parts[self._down]
         bias = parts.get(f"{self._up}.bias"), parts.get(f"{self._down}.bias")
@@ -102,9 +99,9 @@ class NLLB:
         return _layer(model, name, r"experts\.expert_(\d+)\.(fc[12](?:\.bias)?)(?:\.weight)?", top_k=2)
 
     def serve(self, model: PreTrainedModel, layer: MoELayer, make: MakeExperts, number: int) -> None:
-        scale = 1.0 - model.config.moe_token_dropout  # as the model does outside training
-        experts = make(number, layer.stream, TwoLinears("fc1", "fc2", scale))
-        model.set_submodule(layer.name, RoutedMoE(model.get_submodule(layer.router), route_nllb, experts))
+        scale = 1.0 - model.config.moe_token_dropout  # as the model scales its experts' outputs outside training
+        experts = make(number, layer.stream, TwoLinears("fc1", "fc2"))
+        model.set_submodule(layer.name, RoutedMoE(model.get_submodule(layer.router), partial(route_nllb, scale), experts))
 
 
 def route_switch(router: nn.Module, hidden: torch.Tensor) -> Routing:
@@ -115,13 +112,13 @@ def route_switch(router: nn.Module, hidden: torch.Tensor) -> Routing:
     return Routing(experts.reshape(-1, 1), weights.reshape(-1, 1), chosen.reshape(-1, 1), logits.reshape(-1, logits.shape[-1]))
 
 
-def route_nllb(router: nn.Module, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Routing:
+def route_nllb(scale: float, router: nn.Module, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Routing:
     _, weights, logits = router(hidden.reshape(-1, hidden.shape[-1]), padding_mask)  # (tokens, experts) both
     first = logits.softmax(dim=-1, dtype=router.dtype).to(hidden.dtype).argmax(dim=-1, keepdim=True)
     second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
     chosen = torch.cat([first, second], dim=1)
     kept = weights.gather(1, chosen)
-    return Routing(torch.where(kept != 0, chosen, -1), kept, chosen, logits)  # a weight of zero: over capacity
+    return Routing(torch.where(kept != 0, chosen, -1), kept * scale, chosen, logits)  # a weight of zero: over capacity
 
 
 def _layer(model: PreTrainedModel, name: str, pattern: str, top_k: int) -> MoELayer:

@@ -2,8 +2,8 @@
 
 Published names differ from a model's: experts one by one or fused, projections split, renamed, rotated, quantised. transformers
 says how to convert each family's (`conversion_mapping`), for whole layers at once. Here its operations are given one expert's
-tensors, or one expert's slice of a fused tensor, so that loading holds no more than an expert of its own. An expert's part is called
-by the name of the model's 3-D parameter and the expert's number: "model.layers.0.mlp.experts.gate_up_proj[3]".
+tensors, or one expert's slice of a fused tensor, so that loading holds no more than an expert of its own. An expert's part is
+called by the name of the model's 3-D parameter and the expert's number: "model.layers.0.mlp.experts.gate_up_proj[3]".
 
 Published MXFP4 and FP8 weights are dequantised by transformers' own functions, the same way.
 """

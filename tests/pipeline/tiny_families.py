@@ -18,7 +18,8 @@ SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
     "num_experts": 8, "n_routed_experts": 8, "num_local_experts": 8, "moe_num_experts": 8,
-    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
     "mamba_d_state": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "mamba_n_heads": 4, "mamba_dt_rank": 4,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -27,13 +28,15 @@ SMALL = {
 }  # fmt: skip
 SMALL_TOWER = {
     "depth": 1, "num_heads": 4, "num_layers": 1, "num_hidden_layers": 1, "patch_size": 8, "image_size": 32, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "out_hidden_size": 32, "projector_hidden_size": 32, "pos_emb_height": 4, "pos_emb_width": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "temporal_patch_size": 2, "out_hidden_size": 32, "projector_hidden_size": 32,
+    "pos_emb_height": 4, "pos_emb_width": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32, "d_model": 32, "num_mel_bins": 16, "output_dim": 32,
     "max_source_positions": 32, "downsample_hidden_size": 8, "hidden_dim": 32, "mlp_dim": 32, "projection_intermediate_size": 32,
     "position_embedding_size": 64, "output_proj_dims": 32, "global_attn_indexes": [0], "output_channels": 8,
 }  # fmt: skip
 """Of vision and audio, which no text reaches."""
 LINEAR_AND_FULL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 OTHERWISE: dict[str, dict[str, Any]] = {
     "BailingHybridConfig": LINEAR_AND_FULL,
     "BeamConfig": {"num_hidden_layers": 4},
@@ -41,10 +44,10 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "DeepseekV3Config": {"num_hidden_layers": 4},
     "DeepseekV32Config": {"num_hidden_layers": 4},
     "Dots1Config": {"n_shared_experts": 1},
-    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [16, 8], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [16, 8], "rope_parameters": MROPE},
     "FlintConfig": {"num_hidden_layers": 4},
     "Gemma4TextConfig": {"enable_moe_block": True, "num_hidden_layers": 2},
-    "Glm4vMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}},
+    "Glm4vMoeTextConfig": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "head_dim": 0, "num_hidden_layers": 4},
     "GlmMoeDsaConfig": {"num_hidden_layers": 4},
     "GraniteMoeHybridConfig": {**LINEAR_AND_FULL, "mamba_n_heads": 4, "mamba_expand": 2},
@@ -53,7 +56,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "MiMoV2FlashConfig": {"layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 2},
     "MuseSparkConfig": {"out_hidden_size": 32, "projector_hidden_size": 32},
-    "MuseSparkAudioConfig": {"patch_sizes": [4, 2, 2, 2], "num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+    "MuseSparkAudioConfig": {"num_hidden_layers": 4, "patch_sizes": [4, 2, 2, 2], "hidden_sizes": [8] * 4, "depths": [1] * 4},
     "NemotronHConfig": {"n_groups": 2, "moe_shared_expert_intermediate_size": 16, "expand": 2},
     "PixtralVisionConfig": {"head_dim": 8},
     "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 120},  # a published config.json has it
