@@ -32,6 +32,9 @@ from store.weights import Source
 CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
+LISTEN_S = 0.1
+"""How often the Executor is asked what it has generated."""
+
 
 def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
     """An actor of `cls`, on this node as the arena is, restarted when it dies, its unanswered calls repeated."""
@@ -92,18 +95,30 @@ class Actors:
 
 
 def run_batches(
-    actors: Actors, batches: list[Batch], routing: str, slots: int, lookahead: int | Literal["auto"]
+    actors: Actors,
+    batches: list[Batch],
+    routing: str,
+    slots: int,
+    lookahead: int | Literal["auto"],
+    listen: Callable[[Batch, list[list[int]]], None] | None = None,
 ) -> Iterator[BatchResult]:
     """Runs batches in the order given and yields their results in that order.
 
     At most `lookahead` batches are ahead of the one that is executed, which bounds every queue.
+
+    Args:
+        listen: told, again and again, what the batch that is executed has generated so far (Executor.spoken).
     """
-    waiting, under_way = deque(batches), deque[ray.ObjectRef]()
+    waiting, under_way = deque(batches), deque[tuple[Batch, ray.ObjectRef]]()
     window = Window(slots, lookahead)
     while waiting or under_way:
         while waiting and len(under_way) <= window.lookahead:
-            under_way.append(actors.submit(waiting.popleft(), routing))
-        done: BatchResult = result(under_way.popleft())
+            batch = waiting.popleft()
+            under_way.append((batch, actors.submit(batch, routing)))
+        batch, answer = under_way.popleft()
+        while listen is not None and not ray.wait([answer], timeout=LISTEN_S)[0]:
+            listen(batch, result(actors.executor.spoken.remote(batch.index)))
+        done: BatchResult = result(answer)
         window.saw(done.stats.predicted_uses)
         yield done
 

@@ -79,8 +79,10 @@ class Generate:
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
-        """With the special tokens that the tokenizer adds by itself, and no other."""
+        """With the special tokens that the tokenizer adds by itself, but no stop token behind what a decoder is to continue."""
         ids, truncated = encode_texts(tokenizer, rows, max_tokens)
+        if self.start is None:
+            ids = [row[:-1] if row[-1] in self.stop and len(row) > 1 else row for row in ids]
         check_context(ids, 0 if self.start is not None else self.sampling.max_new_tokens, self.context)
         if self.start is None:
             return [Encoded((row,)) for row in ids], truncated
