@@ -60,6 +60,8 @@ class Generate:
             ConfigError: more new tokens than the model can read, or a token that the tokenizer does not have.
         """
         sampling = config.generate
+        if sampling.is_greedy_by_mistake:
+            raise ConfigError("generate.temperature, top_k and top_p choose among samples; they need generate.sample=true")
         if spec.context is not None and sampling.max_new_tokens >= spec.context:
             raise ConfigError(
                 f"generate.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in the context of {spec.source}, "

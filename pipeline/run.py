@@ -193,7 +193,8 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
     _say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
-    if metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]:
+    never = metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]
+    if never and metrics["prediction"]["kind"] != "none":
         _say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
     if "new_tokens" in metrics:
         each = metrics["ms_per_token"] or {"p50": 0.0}

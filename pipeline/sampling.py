@@ -33,6 +33,9 @@ class Sampling:
             return f"'generate.top_p' is {self.top_p}; it must be more than 0 and at most 1"
         if self.top_k is not None and self.top_k < 1:
             return f"'generate.top_k' is {self.top_k}; it must be more than 0, or null for all"
-        if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, 1.0):
-            return "'generate.temperature', 'top_k' and 'top_p' choose among samples; they need generate.sample=true"
         return None
+
+    @property
+    def is_greedy_by_mistake(self) -> bool:
+        """Whether settings that choose among samples would do nothing."""
+        return not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, 1.0)

@@ -1,4 +1,4 @@
-"""docs/models.md from what the tests know: `python -m tests.pipeline.models_page` writes it, test_models_page.py holds it to that."""
+"""docs/models.md from what the tests know: `python -m tests.pipeline.models_page` writes it, test_models_page.py checks it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tests.pipeline.tiny_families import architecture, families, tiny_config
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
-Written by `python -m tests.pipeline.models_page`; tests/pipeline/test_models_page.py checks that it is up to date. Every line is a test
-of tests/pipeline/test_families.py: a tiny random checkpoint of the family, saved with the names that its published ones have, is
-served from disk with 30 % of its experts in slots. *Exact*: in float32 every logit is within 1e-5 x max(1, largest logit) of
+Written by `python -m tests.pipeline.models_page`; tests/pipeline/test_models_page.py checks that it is up to date. Every line is a
+test of tests/pipeline/test_families.py: a tiny random checkpoint of the family, saved with the names that its published ones have,
+is served from disk with slots for 30 % of its experts. *Exact*: in float32 every logit is within 1e-5 x max(1, largest logit) of
 transformers' own, `from_pretrained` on the same files. *Writes*: the greedy tokens are those of its `generate`.
 
 transformers {version} routes the experts of {count} families through one door, `ALL_EXPERTS_FUNCTIONS`; **{exact} of them are exact
-and {writing} write**. Vision and audio towers are backbone: models that have them are served on text.
+and {writing} write**. Vision and audio towers are backbone: models that have them are served on text. The class is the one that was
+tested; others of the family that read text find their experts the same way.
 
 Checkpoints are read as published: safetensors in one file or in shards, experts one by one or fused, float32, bfloat16 or float16;
 {quantised} are dequantised into the arena. Other quantised formats are refused.
@@ -37,8 +38,8 @@ Two more keep their own routers and a module per expert (tests/pipeline/test_enc
 | switch_transformers | SwitchTransformersForConditionalGeneration | no gate | yes | yes |
 | nllb_moe | NllbMoeForConditionalGeneration | no gate, bias | yes, see below | yes, see below |
 
-NLLB-MoE is compared with what its router says and not with transformers {version}, whose experts' forward takes the router's mask for
-expert numbers and uses experts 0 and 1 only; a test fails when that is mended.
+NLLB-MoE is compared with what its router says and not with transformers {version}, whose experts' forward takes the router's mask
+for expert numbers and uses experts 0 and 1 only; a test fails when that is mended.
 
 On a GPU the same kernels serve all of them but those with a norm after each expert, which are refused there; gates that are none of
 {activations} run as torch operators between two kernels. The GPU has been measured with Switch Transformers only.

@@ -93,7 +93,7 @@ def architecture(family: str) -> type[PreTrainedModel]:
     raise AssertionError(f"{family} has no model that reads text")
 
 
-def tiny_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
+def tiny_config(cls: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
     """Every size that the class knows made small, its sub-configs' too."""
     known = {name for base in cls.__mro__ for name in getattr(base, "__annotations__", {})}
     settings = {name: value for name, value in SMALL.items() if name in known}
@@ -105,18 +105,23 @@ def tiny_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
         kind = getattr(sub, "model_type", "") or getattr(getattr(cls, "sub_configs_defaults", {}).get(name), "model_type", "")
         if kind:
             settings[name] = tiny_config(sub if getattr(sub, "model_type", "") else CONFIG_MAPPING[kind])
-    return cls(**settings | OTHERWISE.get(cls.__name__, {}))
+    return cls(**settings | OTHERWISE.get(cls.__name__, {}) | changes)
 
 
-def save_tiny(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> type[PreTrainedModel]:
-    """Writes a random checkpoint with the names that the family's published ones have; returns its class."""
+def save_tiny(
+    family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> type[PreTrainedModel]:
+    """Writes a random checkpoint with the names that the family's published ones have; returns its class.
+
+    Args:
+        changes: of the config.
+    """
     cls = architecture(family)
-    config = tiny_config(cls.config_class)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in cls(config).parameters())
+        size = sum(parameter.numel() for parameter in cls(tiny_config(cls.config_class, **changes)).parameters())
     assert size < 2**23, f"{family}: {size} parameters are not tiny; something in its config is missing in SMALL"
     torch.manual_seed(seed)
-    model = cls(tiny_config(cls.config_class)).eval()
+    model = cls(tiny_config(cls.config_class, **changes)).eval()
     roughen(model)
     model.to(dtype).save_pretrained(directory)
     return cls
