@@ -289,7 +289,7 @@ def test_a_stop_that_is_not_one_token_is_refused(tmp_path, model):
 
 
 def test_settings_of_sampling_without_sampling_are_refused(tmp_path, model):
-    assert "generate.sample=true" in refused(tmp_path, model[0], ConfigError, generate={"temperature": 0.5})
+    assert "generate.sample=true" in refused(tmp_path, model[0], ConfigError, generate={"max_new_tokens": 8, "temperature": 0.5})
 
 
 def test_a_decoder_has_no_target(tmp_path, model):
@@ -343,11 +343,9 @@ def test_a_text_of_one_token_cannot_be_scored(tmp_path, model, tokenizer):
 
 
 def test_hash_routing_without_tables_is_refused(tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        "model: {path: m}\ndata: {path: d.txt}\ntask: generate\npredictor: {kind: none}\nrouting: hash\n"
-    )
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d.txt}\ntask: generate\n")
     with pytest.raises(ConfigError, match="'routing: hash' needs tables"):
-        load_config(tmp_path / "c.yaml", [])
+        load_config(tmp_path / "c.yaml", ["predictor.kind=none", "routing=hash"])
 
 
 def test_a_task_travels_without_its_tokenizer(model):
