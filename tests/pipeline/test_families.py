@@ -14,20 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, RandomConfig
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
 from pipeline.generate import Generate
 from pipeline.inputs import padded_inputs
 from pipeline.models import ModelSpec, describe
+from pipeline.reference import named_tensors
 from pipeline.sampling import Sampling
+from pipeline.whole import whole_model
 from predictor.actor import timed
 from predictor.baselines import Random
 from predictor.tokens import TokenBatch
 from store.actor import ExpertStore
+from store.arena import Arena
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
-from tests.pipeline.tiny_families import families, save_tiny
+from tests.pipeline.tiny_families import architecture, families, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 6
@@ -164,3 +167,40 @@ def test_writes_what_transformers_writes(tmp_path, family):
     served = Served(tmp_path / "model", tmp_path)
     with served.store():
         assert_writes(served, whole, make_batches())
+
+
+# what stands beside the server
+
+
+def test_the_whole_model_beside_an_arena_is_transformers_own(tmp_path):
+    """What the benchmark compares with: its 3-D parameters are views of the arena's blocks."""
+    whole = save_tiny("gpt_oss", tmp_path / "model").from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    served = Served(tmp_path / "model", tmp_path)
+    with served.store():
+        arena = Arena.attach(served.arena)
+        beside = whole_model(served.spec, arena.layout, arena.memory, CPU)
+        experts = beside.model.layers[1].mlp.experts.gate_up_proj
+        assert arena.memory.data_ptr() <= experts.data_ptr() < arena.memory.data_ptr() + arena.memory.numel()
+        theirs = whole.state_dict()
+        assert beside.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in beside.state_dict().items())
+        arena.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_random_weights_make_the_same_model_here_and_in_plain_transformers(tmp_path, family):
+    cls = architecture(family)
+    config = tiny_config(cls.config_class)
+    config.architectures = [cls.__name__]
+    config.save_pretrained(tmp_path)
+    served = Served.__new__(Served)
+    random = ModelConfig(None, "float32", str(tmp_path / "config.json"), RandomConfig("switch", 3), str(tmp_path))
+    served.spec, weights = describe(random, CPU)
+    served.layout = served.spec.placement.layout(weights)
+    served.arena, served.slots = served.spec.placement.arena_path(weights, tmp_path), 4
+    whole = cls(tiny_config(cls.config_class)).eval()
+    missing, unexpected = whole.load_state_dict(dict(named_tensors(served.spec)), strict=False)
+    assert not unexpected
+    assert set(missing) <= set(whole.all_tied_weights_keys)
+    with served.store():
+        assert_exact(served, whole, make_batches())
