@@ -91,6 +91,8 @@ class GraphedForward:
             pieces[-1].capture_begin(self._pool, capture_error_mode="thread_local")
 
         def boundary(layer: int, tokens: torch.Tensor) -> None:
+            if layer != len(counts):
+                raise RuntimeError("MoE layers that text does not reach, or that run more than once")
             counts.append(tokens)
             if cut:
                 pieces[-1].capture_end()

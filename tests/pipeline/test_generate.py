@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from pipeline.bench import bench
 from pipeline.config import Config, load_config, parse
 from pipeline.data import Batch, Row
 from pipeline.errors import USER_ERRORS, ConfigError, DataError, ModelError
@@ -21,6 +22,7 @@ from pipeline.generate import DONE, Generate
 from pipeline.metrics import batch_metrics
 from pipeline.prepare import Prepared, prepare
 from pipeline.speaker import Speaker
+from pipeline.train import train
 from predictor.actor import timed
 from predictor.nobody import Nobody
 from store.actor import ExpertStore
@@ -346,6 +348,13 @@ def test_hash_routing_without_tables_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d.txt}\ntask: generate\n")
     with pytest.raises(ConfigError, match="'routing: hash' needs tables"):
         load_config(tmp_path / "c.yaml", ["predictor.kind=none", "routing=hash"])
+
+
+@pytest.mark.parametrize(("command", "said"), [(bench, "not generation"), (train, "write `task: score`")])
+def test_commands_that_measure_or_trace_one_forward_refuse_to_write(tmp_path, model, command, said):
+    settings = config(tmp_path, model[0], predictor={"kind": "token_table", "path": str(tmp_path / "p.safetensors")})
+    with pytest.raises(ConfigError, match=said):
+        command(settings)
 
 
 def test_a_task_travels_without_its_tokenizer(model):

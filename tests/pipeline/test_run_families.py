@@ -45,25 +45,39 @@ def answered(tmp_path: Path, directory: Path, task: str) -> tuple[list[dict], di
     return read_jsonl(tmp_path / task / "predictions.jsonl"), metrics
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2"])
-def test_a_family_is_served_through_ray(tmp_path, own_ray, capsys, family):
-    cls = save_tiny(family, tmp_path / "model", vocab_size=8192, max_position_embeddings=CONTEXT)
+@pytest.fixture
+def model(request, tmp_path):
+    """A family's directory and its whole model."""
+    cls = save_tiny(request.param, tmp_path / "model", vocab_size=8192, max_position_embeddings=CONTEXT)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, tmp_path / "model")
-    whole = cls.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return tmp_path / "model", cls.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
 
-    scored, metrics = answered(tmp_path, tmp_path / "model", "score")
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v2"], indirect=True)
+def test_a_family_scores_through_ray(tmp_path, own_ray, model):
+    directory, whole = model
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    rows, metrics = answered(tmp_path, directory, "score")
     assert 0 < metrics["expert_bytes"]["resident_peak"] <= 0.3 * metrics["expert_bytes"]["total"]
-    written, metrics = answered(tmp_path, tmp_path / "model", "generate")
-    assert metrics["new_tokens"] == sum(len(row["token_ids"]) for row in written)
-    assert metrics["ms_to_first_token"]["p50"] > 0
-    said = capsys.readouterr().out
-    for number, text in enumerate(SENTENCES):
+    for row, text in zip(rows, SENTENCES, strict=True):
         ids = torch.tensor([tokenizer(text).input_ids])
         with torch.inference_mode():
             scores = whole(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-            out = whole.generate(ids[:, :-1], max_new_tokens=5, do_sample=False, eos_token_id=STOP)[0, ids.shape[1] - 1 :].tolist()
-        assert scored[number]["logprob"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
-        assert written[number]["token_ids"] == out
-        assert f"row {number + 1}: {written[number]['text']}\n" in said
+        assert row["logprob"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss"], indirect=True)
+def test_a_family_writes_through_ray(tmp_path, own_ray, model, capsys):
+    directory, whole = model
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    rows, metrics = answered(tmp_path, directory, "generate")
+    assert metrics["new_tokens"] == sum(len(row["token_ids"]) for row in rows)
+    assert metrics["ms_to_first_token"]["p50"] > 0
+    said = capsys.readouterr().out
+    for number, (row, text) in enumerate(zip(rows, SENTENCES, strict=True), start=1):
+        ids = torch.tensor([tokenizer(text).input_ids[:-1]])
+        with torch.inference_mode():
+            out = whole.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=STOP)[0, ids.shape[1] :].tolist()
+        assert row["token_ids"] == out
+        assert f"row {number}: {row['text']}\n" in said
