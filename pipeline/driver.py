@@ -68,7 +68,7 @@ class Actors:
             raise ConfigError("device: this Ray has no GPU to give; write `device: cpu`, or start it with `ray start --num-gpus 1`")
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
-            start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 1, **gpus),
+            start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 2, **gpus),  # all that may wait, and a question
         )
 
     def ready(self) -> None:

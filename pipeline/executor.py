@@ -161,7 +161,6 @@ class Executor:
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
         results = self._spec.task.results(batch, done.answer.outputs)
         stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
-        self._spoken.pop(batch.index, None)
         return BatchResult(batch.index, results, stats)
 
     def spoken(self, batch: int) -> list[list[int]]:
@@ -203,7 +202,10 @@ class Executor:
                 hear(tokens, awake)
 
         start = time.time_ns()
-        answer = self._device.run(batch, table, top_t, heard)
+        try:
+            answer = self._device.run(batch, table, top_t, heard)
+        finally:
+            del self._spoken[batch.index]
         return Computed(answer, self._device.take(), start, time.time_ns(), steps)
 
 

@@ -25,8 +25,10 @@ from pipeline.reference import named_tensors
 from pipeline.sampling import Sampling
 from pipeline.whole import whole_model
 from predictor.actor import timed
-from predictor.baselines import Random
+from predictor.baselines import Oracle, Random
+from predictor.nobody import Nobody
 from predictor.tokens import TokenBatch
+from predictor.traces import join
 from store.actor import ExpertStore
 from store.arena import Arena
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
@@ -167,6 +169,71 @@ def test_writes_what_transformers_writes(tmp_path, family):
     served = Served(tmp_path / "model", tmp_path)
     with served.store():
         assert_writes(served, whole, make_batches())
+
+
+# one family, in every way that it may be run
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("olmoe") / "model"
+    return directory, save_tiny("olmoe", directory).from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("predictor", [Random, Nobody])
+@pytest.mark.parametrize("policy", ["fifo", "lru", "lookahead"])
+@pytest.mark.parametrize("slots", [0, 1, 5, 16])
+def test_any_budget_policy_and_predictor_gives_the_same_logits_and_tokens(tmp_path, olmoe, slots, policy, predictor):
+    directory, whole = olmoe
+    served = Served(directory, tmp_path)
+    shape = served.spec.shape
+    made = Random(shape, shape.top_k, 0) if predictor is Random else Nobody(shape)
+    with served.store():
+        for task in (Logits(), Written(**vars(writing()))):
+            executor = Executor(ExecutorSpec(served.spec, task, served.arena, slots, policy, "cpu", 1))  # copies in a thread
+            executor._device._engine.slots.memory.fill_(255)
+            for batch in make_batches():
+                results = executor.execute(batch, timed(made, batch.tokens)).results
+                if isinstance(task, Logits):
+                    with torch.inference_mode():
+                        theirs = task.forward(whole, task.inputs(batch, lambda longest: longest))
+                    assert (results[0]["logits"] - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
+                else:
+                    assert [row["token_ids"] for row in results] == greedy(whole, batch)
+            executor.close()
+
+
+def test_hash_routing_with_the_true_table_answers_as_the_router_would(tmp_path, olmoe):
+    """The table decides at the door too; its weights are float16, hence not to the last digit."""
+    directory, whole = olmoe
+    served, batches = Served(directory, tmp_path), make_batches()
+    with served.store(), served.executor(Logits()) as executor:
+        shape = served.spec.shape
+        oracle = Oracle(join([executor.trace(batch, 30) for batch in batches]), shape, shape.top_k)
+        wrong = Random(shape, shape.top_k, 0)
+        for batch in batches:
+            with torch.inference_mode():
+                theirs = Logits().forward(whole, Logits().inputs(batch, lambda longest: longest))
+            apart = [
+                (executor.execute(batch, timed(p, batch.tokens), "hash").results[0]["logits"] - theirs).abs().max()
+                for p in (oracle, wrong)
+            ]
+            assert apart[0] < 0.01 < apart[1]
+
+
+def test_a_trace_says_what_the_router_chose(tmp_path, olmoe):
+    directory, whole = olmoe
+    served, batch = Served(directory, tmp_path), make_batches()[0]
+    with served.store(), served.executor(Logits()) as executor:
+        trace = executor.trace(batch, 30)
+    inputs = Logits().inputs(batch, lambda longest: longest)
+    with torch.inference_mode():
+        logits = whole(**inputs, use_cache=False, output_router_logits=True).router_logits
+    real = inputs["attention_mask"].reshape(-1).bool()
+    for layer, theirs in zip(trace.layers, logits, strict=True):
+        probabilities, chosen = theirs[real].softmax(-1).topk(served.spec.shape.top_k)
+        assert layer.top.tolist() == chosen.tolist()
+        assert layer.weight == pytest.approx(probabilities.sum(-1).numpy(), abs=1e-3)
 
 
 # what stands beside the server
