@@ -242,10 +242,8 @@ def _check(config: Config, source: str) -> None:
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
-    problem = config.generate.problem()
-    require(problem is None, problem or "")
-    require(
-        config.predictor.kind != "none" or config.routing == "exact", "'routing: hash' needs tables; predictor.kind none has none"
-    )
+    require(config.generate.problem() is None, config.generate.problem() or "")
+    makes_tables = config.predictor.kind != "none"
+    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

@@ -5,7 +5,7 @@ says how to convert each family's (`conversion_mapping`), for whole layers at on
 tensors, or one expert's slice of a fused tensor, so that loading holds no more than an expert of its own. An expert's part is
 called by the name of the model's 3-D parameter and the expert's number: "model.layers.0.mlp.experts.gate_up_proj[3]".
 
-Published MXFP4 and FP8 weights are dequantised by transformers' own functions, the same way.
+Published MXFP4 and FP8 weights are dequantised (quantised.py) by transformers' own functions, the same way.
 """
 
 from __future__ import annotations
@@ -23,18 +23,14 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from pipeline.door import stacked
 from pipeline.empty import kept_dtypes, on_meta
-from pipeline.errors import ModelError
+from pipeline.quantised import dequantizer
 from store.checkpoint import Checkpoint
 from store.errors import CheckpointError
 from store.layout import torch_dtype
 from store.weights import TensorInfo
-
-QUANTISED = ("fp8", "mxfp4")
-"""Values of `quant_method` in a config.json that are served."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Published:
         """
         self._checkpoint, self._model, self._dtype = checkpoint, model, dtype
         self._kept = kept_dtypes(model, dtype)
-        self._quantizer = _quantizer(model, checkpoint.directory)
+        self._quantizer = dequantizer(model, checkpoint.directory)
         self._places: dict[str, tuple[Step, str, int | None]] = {}
         tensors: dict[str, TensorInfo] = {}
         for step in self._steps():
@@ -229,24 +225,3 @@ class OneExpert:
 
     def get_parameter(self, name: str) -> torch.Tensor:
         return self._model.get_parameter(name)[:1]
-
-
-def _quantizer(model: PreTrainedModel, directory: Path) -> Any:
-    """transformers' own reader of a quantised checkpoint, set to dequantise; None: the checkpoint is not quantised.
-
-    Raises:
-        ModelError: in a format that is not served.
-    """
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is None:
-        return None
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = settings.get("quant_method")
-    if method not in QUANTISED:
-        raise ModelError(
-            f"{directory}: its weights are quantised with {method!r}, which is not served; "
-            f"served are {', '.join(QUANTISED)} and checkpoints that are not quantised"
-        )
-    config = AutoQuantizationConfig.from_dict(dict(settings))
-    config.dequantize = True
-    return AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from pipeline.door import ACTIVATIONS, Door
-from pipeline.published import QUANTISED
+from pipeline.quantised import QUANTISED
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
 from tests.pipeline.tiny_families import architecture, families, tiny_config
 
