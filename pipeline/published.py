@@ -89,6 +89,7 @@ class Published:
         """
         self._checkpoint, self._model, self._dtype = checkpoint, model, dtype
         self._kept = kept_dtypes(model, dtype)
+        self._buffers = {name for name, _ in model.named_buffers()}  # a limit may well be infinite
         self._quantizer = dequantizer(model, checkpoint.directory)
         self._places: dict[str, tuple[Step, str, int | None]] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -113,7 +114,7 @@ class Published:
         self.info(name)
         step, target, expert = self._places[name]
         if step.converter is None:
-            self._checkpoint.read_into(next(iter(step.sources.values()))[0], out, expert)
+            self._checkpoint.read_into(next(iter(step.sources.values()))[0], out, expert, finite=name not in self._buffers)
             return
         tensors = {pattern: [self._source(step, *where) for where in self._of(step, pattern, expert)] for pattern in step.sources}
         value = self._convert(step, tensors, expert)[target]

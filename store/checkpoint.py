@@ -146,11 +146,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: has no tensor {name}")
         return self.tensors[name]
 
-    def read_into(self, name: str, out: torch.Tensor, row: int | None = None) -> None:
+    def read_into(self, name: str, out: torch.Tensor, row: int | None = None, finite: bool = True) -> None:
         """Reads one tensor into `out`, contiguous and of the tensor's own shape, converting to `out`'s dtype.
 
         Args:
             row: read only this index of the first dimension; `out` then has the shape of the others.
+            finite: refuse NaN and infinite values.
 
         Raises:
             CheckpointError: the shapes differ, the file ends early, or a value is NaN or infinite.
@@ -166,7 +167,7 @@ class Checkpoint:
             raw = torch.empty(info.shape, dtype=info.dtype)
             _read_exactly(info, name, raw)
             out.copy_(raw)
-        if out.is_floating_point() and out.numel() and out.dtype.itemsize > 1:  # torch compares no 8-bit floats
+        if finite and out.is_floating_point() and out.numel() and out.dtype.itemsize > 1:  # torch compares no 8-bit floats
             low, high = torch.aminmax(out)  # NaN spreads into both; no temporary of the tensor's size
             if not (math.isfinite(low.item()) and math.isfinite(high.item())):
                 raise CheckpointError(

@@ -10,7 +10,7 @@ import transformers
 from pipeline.door import ACTIVATIONS, Door
 from pipeline.quantised import QUANTISED
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
-from tests.pipeline.tiny_families import architecture, families, tiny_config
+from tests.pipeline.tiny_families import SEEING, architecture, families, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -22,7 +22,7 @@ transformers' own, `from_pretrained` on the same files. *Writes*: the greedy tok
 
 transformers {version} routes the experts of {count} families through one door, `ALL_EXPERTS_FUNCTIONS`; **{exact} of them are exact
 and {writing} write**. Vision and audio towers are backbone: models that have them are served on text. The class is the one that was
-tested; others of the family that read text find their experts the same way.
+tested; tested as well, on text: {seeing}.
 
 Checkpoints are read as published: safetensors in one file or in shards, experts one by one or fused, float32, bfloat16 or float16;
 {quantised} are dequantised into the arena. Other quantised formats are refused.
@@ -55,6 +55,7 @@ def page() -> str:
         count=len(names),
         exact=len(served),
         writing=len([name for name in served if name not in NOT_WRITING]),
+        seeing=", ".join(SEEING.values()),
         quantised=" and ".join(method.upper() for method in QUANTISED),
     )
     tail = TAIL.format(version=version, activations=", ".join(sorted(set(ACTIVATIONS.values()))))

@@ -32,7 +32,7 @@ from predictor.traces import join
 from store.actor import ExpertStore
 from store.arena import Arena
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
-from tests.pipeline.tiny_families import architecture, families, save_tiny, tiny_config
+from tests.pipeline.tiny_families import SEEING, architecture, families, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 6
@@ -168,6 +168,16 @@ def test_writes_what_transformers_writes(tmp_path, family):
     whole = save_tiny(family, tmp_path / "model").from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     served = Served(tmp_path / "model", tmp_path)
     with served.store():
+        assert_writes(served, whole, make_batches())
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_class_with_a_vision_tower_is_served_on_text(tmp_path, family):
+    cls = save_tiny(family, tmp_path / "model", seeing=True)
+    whole = cls.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    served = Served(tmp_path / "model", tmp_path)
+    with served.store():
+        assert_exact(served, whole, make_batches())
         assert_writes(served, whole, make_batches())
 
 

@@ -69,6 +69,15 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 """What a family's config needs beside or instead."""
 ARCHITECTURES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 """Where a modelling file has several with experts: the one that reads and writes text."""
+SEEING = {
+    "aria": "AriaForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "inkling": "InklingForConditionalGeneration",
+    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen4_exp": "Qwen4ExpForConditionalGeneration",
+}
+"""Second classes of families whose first reads text only: with a vision tower, which no text reaches."""
 WRITERS = ("ForCausalLM", "ForConditionalGeneration", "ForBlockDiffusion", "ForTokenClassification")
 
 
@@ -109,14 +118,15 @@ def tiny_config(cls: type[PretrainedConfig], **changes: Any) -> PretrainedConfig
 
 
 def save_tiny(
-    family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, seeing: bool = False, **changes: Any
 ) -> type[PreTrainedModel]:
     """Writes a random checkpoint with the names that the family's published ones have; returns its class.
 
     Args:
+        seeing: of the class in `SEEING`.
         changes: of the config.
     """
-    cls = architecture(family)
+    cls = getattr(transformers, SEEING[family]) if seeing else architecture(family)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(tiny_config(cls.config_class, **changes)).parameters())
     assert size < 2**23, f"{family}: {size} parameters are not tiny; something in its config is missing in SMALL"
