@@ -26,6 +26,8 @@ NAME = "sida"
 """Under which the function is registered."""
 SERVED = "_sida_experts"
 """The attribute of an experts module that says who computes for it."""
+HEARD = "_sida_scores"
+"""And the one that hears its router."""
 TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "topk", "top_k_experts")
 """How modules and configs call the number of experts per token."""
 ACTIVATIONS = {
@@ -45,7 +47,28 @@ def _experts_forward(module: nn.Module, hidden: torch.Tensor, index: torch.Tenso
     experts: Experts = getattr(module, SERVED)
     flat = hidden.reshape(-1, hidden.shape[-1])
     index, weights = index.reshape(len(flat), -1), weights.reshape(len(flat), -1)
-    return experts(flat, lambda: Routing(index, weights, index, None)).reshape(hidden.shape)
+    scores = getattr(module, HEARD).take(len(flat))
+    return experts(flat, lambda: Routing(index, weights, index, scores)).reshape(hidden.shape)
+
+
+class RouterScores:
+    """What a layer's router said of all experts, heard beside the door: traces want more than the few that were chosen."""
+
+    def __init__(self, experts: int):
+        self._experts = experts
+        self._scores: torch.Tensor | None = None
+
+    def hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook: the first of the outputs that has a score for each expert."""
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1:] == (self._experts,):
+                self._scores = value.reshape(-1, self._experts)
+                return
+
+    def take(self, tokens: int) -> torch.Tensor | None:
+        """(tokens, experts), if there is one for each; once."""
+        scores, self._scores = self._scores, None
+        return scores if scores is not None and len(scores) == tokens else None
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
@@ -68,6 +91,11 @@ class Door:
         module: Any = model.get_submodule(layer.name)
         for part in layer.shapes:
             setattr(module, part, None)
+        scores = RouterScores(len(layer.experts))
+        setattr(module, HEARD, scores)
+        for beside in model.get_submodule(layer.router).children():
+            if beside is not module and any(p.shape[:1] == (len(layer.experts),) for p in beside.parameters()):
+                beside.register_forward_hook(scores.hear)
         setattr(module, SERVED, make(number, layer.stream, DoorExpert(module)))
         if module.config._experts_implementation != NAME:
             module.config._experts_implementation = NAME

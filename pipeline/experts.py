@@ -103,7 +103,8 @@ def record(logits: torch.Tensor | None, chosen: torch.Tensor, weights: torch.Ten
     """What the router decided, before any capacity: a label for predictors.
 
     Args:
-        logits: (tokens, experts); None: unknown, then the chosen experts share all probability by their weights.
+        logits: (tokens, experts), or probabilities, which some routers hand out; None: unknown, then the chosen experts share all
+            probability by their weights.
         chosen, weights: (tokens, top_k).
     """
     if logits is None:
@@ -114,8 +115,10 @@ def record(logits: torch.Tensor | None, chosen: torch.Tensor, weights: torch.Ten
             (share / share.sum(dim=-1, keepdim=True).clamp(min=1e-9)).half().cpu().numpy(),
             weights.float().sum(dim=-1).half().cpu().numpy(),
         )
-    every = logits.float().softmax(dim=-1)
-    first = every.scatter(1, chosen, 2.0)  # above any probability: what the router chose comes first, ties or not
+    every = logits.float()
+    if not bool(((every >= 0).all(dim=-1) & ((every.sum(dim=-1) - 1).abs() < 1e-2)).all()):
+        every = every.softmax(dim=-1)
+    first = every.scatter_add(1, chosen, torch.full_like(weights, 2.0, dtype=every.dtype))  # the chosen first, ties or not
     top = first.topk(min(max(top_t, chosen.shape[1]), logits.shape[-1]), dim=-1).indices
     probabilities = every.gather(1, top)
     return LayerTrace(

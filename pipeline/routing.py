@@ -20,7 +20,7 @@ class Routing:
         experts: int64 (tokens, top_k); -1 where the router drops the token.
         weights: (tokens, top_k), multiplied with the expert's output.
         chosen: int64 (tokens, top_k): the same before any capacity; never -1.
-        logits: (tokens, experts), before any capacity; None: the model's code does not hand them out.
+        logits: (tokens, experts), before any capacity, or the probabilities; None: the model's code does not hand them out.
     """
 
     experts: torch.Tensor
