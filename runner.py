@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
         )
 
-    add_with_config("run", _run, "classify or score a data set", RUN)
+    add_with_config("run", _run, "classify, score or generate over a data set", RUN)
     add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
     add_with_config("bench", _bench, "compare systems on one workload", BENCH)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
