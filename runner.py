@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
         )
 
-    add_with_config("run", _run, "classify or score a data set", RUN)
+    add_with_config("run", _run, "classify, score or generate over a data set", RUN)
     add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
     add_with_config("bench", _bench, "compare systems on one workload", BENCH)
     add_with_config("plan", _plan, "what would fit, and how fast, before loading", PLAN)

@@ -19,6 +19,7 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
 from pipeline.recipes import RECIPES
+from pipeline.sampling import Sampling
 from predictor.registry import KINDS
 from predictor.training import TrainSettings
 from store.eviction import POLICIES
@@ -161,9 +162,11 @@ class PlanConfig:
 class Config:
     model: ModelConfig
     data: DataConfig
-    task: Literal["classify", "score"] = "classify"
+    task: Literal["classify", "score", "generate"] = "classify"
     labels: dict[str, str] = field(default_factory=dict, metadata={"read": _labels})
     """classify: label in the data -> the word that a text-to-text model writes for it."""
+    generate: Sampling = field(default_factory=Sampling)
+    """generate: how much is written, and how tokens are chosen."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -275,5 +278,8 @@ def _check(config: Config, source: str) -> None:
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
+    require(config.generate.problem() is None, config.generate.problem() or "")
+    makes_tables = config.predictor.kind != "none"
+    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.data import Batch
+from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
 from pipeline.tasks import Task
 from predictor.hash_table import HashTable
@@ -84,12 +85,13 @@ class Device(Protocol):
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Work:
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Work:
         """Makes one batch ready to run. From any thread.
 
         Args:
             table: decides under hash routing; None: the routers decide.
             top_t: record so many of the routers' probabilities per token; None: only what they chose.
+            hear: told of every new token, by tasks that make some.
         """
 
     def close(self) -> None:

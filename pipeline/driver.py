@@ -35,6 +35,9 @@ from store.weights import Source
 CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
+LISTEN_S = 0.1
+"""How often the Executor is asked what it has generated."""
+
 
 def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
     """An actor of `cls`, on this node as the arena is, restarted when it dies, its unanswered calls repeated."""
@@ -68,7 +71,7 @@ class Actors:
             raise ConfigError("device: this Ray has no GPU to give; write `device: cpu`, or start it with `ray start --num-gpus 1`")
         return cls(
             start_actor(Predictor, predictor, embedding, threads),
-            start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 1, **gpus),
+            start_actor(Executor, spec, max_concurrency=MAX_LOOKAHEAD + 2, **gpus),  # all that may wait, and a question
         )
 
     def ready(self) -> None:
@@ -101,6 +104,7 @@ def run_batches(
     routing: str,
     slots: int,
     lookahead: int | Literal["auto"],
+    listen: Callable[[Batch, list[list[int]]], None] | None = None,
 ) -> Iterator[BatchResult]:
     """Runs batches in the order given and yields their results in that order.
 
@@ -108,15 +112,19 @@ def run_batches(
 
     Args:
         batches: those without a prediction are predicted on their way.
+        listen: told, again and again, what the batch that is executed has generated so far (Executor.spoken).
     """
-    waiting, under_way = iter(batches), deque[ray.ObjectRef]()
+    waiting, under_way = iter(batches), deque[tuple[Batch, ray.ObjectRef]]()
     window = Window(slots, lookahead)
     while True:
         for batch, prediction in islice(waiting, max(0, window.lookahead + 1 - len(under_way))):
-            under_way.append(actors.submit(batch, prediction, routing))
+            under_way.append((batch, actors.submit(batch, prediction, routing)))
         if not under_way:
             return
-        done: BatchResult = result(under_way.popleft())
+        batch, answer = under_way.popleft()
+        while listen is not None and not ray.wait([answer], timeout=LISTEN_S)[0]:
+            listen(batch, result(actors.executor.spoken.remote(batch.index)))
+        done: BatchResult = result(answer)
         window.saw(done.stats.predicted_uses)
         yield done
 

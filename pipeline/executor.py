@@ -8,6 +8,7 @@ repeated, in any order, by a restarted Executor.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,11 @@ import torch
 
 from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec, Work
+from pipeline.inputs import Hear, Result
 from pipeline.on_cpu import OnCPU
-from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction
+from predictor.hash_table import HashTable
 from predictor.traces import Trace
 from store.arena import Arena
 
@@ -52,6 +54,12 @@ class BatchStats:
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
+    first_token_ms: float | None = None
+    """Of a task that generates, from the batch's start to the first new token of each row."""
+    token_ms: list[float] = field(default_factory=list)
+    """The same for each further step."""
+    new_tokens: int = 0
+    """Of all rows."""
     accuracy: Accuracy = field(default_factory=Accuracy)
     load: list[list[int]] = field(default_factory=list)
     """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
@@ -76,6 +84,21 @@ class BatchResult:
         return asdict(self)
 
 
+class Spoken:
+    """What a batch has generated so far, and when, time.time_ns(): see `pipeline.inputs.Hear`."""
+
+    def __init__(self, hear: Hear | None):
+        self._hear = hear
+        self.times: list[int] = []
+        self.tokens: list[list[int]] = []
+
+    def __call__(self, tokens: np.ndarray, awake: np.ndarray) -> None:
+        self.times.append(time.time_ns())
+        self.tokens.append(tokens.tolist())
+        if self._hear is not None:
+            self._hear(tokens, awake)
+
+
 class Executor:
     """Run as a Ray actor; plain calls work too, from any number of threads."""
 
@@ -90,6 +113,7 @@ class Executor:
         self._answers = ThreadPoolExecutor(1, "answer")  # another one, so that the next batch has not to wait for them
         self._starting = self._compute.submit(_make_device, spec, arena)
         self._closed = False
+        self._spoken: dict[int, Spoken] = {}
 
     def ready(self) -> int:
         """The process id: answers once the model stands.
@@ -104,21 +128,32 @@ class Executor:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
         self._device.plan(batch, prediction.table.uses_under(routing))
 
-    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
+    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
+            hear: called with every new token of a task that generates, in the thread that computes. Another process asks `spoken`.
         """
-        return self.submit(batch, prediction, routing).result()
+        return self.submit(batch, prediction, routing, hear).result()
 
-    def submit(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> Future[BatchResult]:
+    def submit(
+        self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None
+    ) -> Future[BatchResult]:
         """`execute`, without waiting for it. Batches run in the order in which they are submitted."""
         assert routing == "exact" or prediction is not None
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
         table = prediction.table if prediction is not None and routing == "hash" else None
-        return self._run(self._device.prepare(batch, table), partial(self._result, batch, prediction, routing))
+        spoken = self._spoken[batch.index] = Spoken(hear)
+        done = self._run(self._device.prepare(batch, table, hear=spoken), partial(self._result, batch, prediction, routing, spoken))
+        done.add_done_callback(lambda _: self._spoken.pop(batch.index, None))
+        return done
+
+    def spoken(self, batch: int) -> list[list[int]]:
+        """What a batch under way has generated so far: per step the new token of each row, -1 in rows that were done."""
+        spoken = self._spoken.get(batch)
+        return list(spoken.tokens) if spoken is not None else []
 
     def trace(self, batch: Batch, top_t: int) -> Trace:
         """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
@@ -164,8 +199,9 @@ class Executor:
         except BaseException as error:
             done.set_exception(error)
 
-    def _result(self, batch: Batch, prediction: Prediction | None, routing: str, answer: Answer) -> BatchResult:
+    def _result(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, answer: Answer) -> BatchResult:
         moved = answer.moved
+        steps = np.diff([answer.span[0], *spoken.times]) / 1e6
         stats = BatchStats(
             start=answer.span[0],
             end=answer.span[1],
@@ -182,15 +218,19 @@ class Executor:
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
+            first_token_ms=float(steps[0]) if len(steps) else None,
+            token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and answer.chosen:
-            truth = [chosen[:, 0] for chosen in answer.chosen]
+        truth = [chosen[:, 0] for chosen in answer.chosen]
+        if prediction is not None and _is_about(prediction.table, truth):
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        return BatchResult(batch.index, self._spec.task.results(batch, answer.outputs), stats)
+        results = self._spec.task.results(batch, answer.outputs)
+        stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
+        return BatchResult(batch.index, results, stats)
 
 
 def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
@@ -199,6 +239,11 @@ def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
     from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
 
     return OnGPU(spec, arena)
+
+
+def _is_about(table: HashTable, truth: list[np.ndarray]) -> bool:
+    """Whether a table names experts for what the routers decided: not under hash routing, nor where a layer was not reached."""
+    return [len(layer) for layer in truth] == [len(layer) for layer in table.experts] and table.experts[0].shape[1] > 0
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

@@ -14,6 +14,7 @@ from pipeline.data import Batch
 from pipeline.device import Answer
 from pipeline.graphs import MASKS, Tables
 from pipeline.grouping import tiles_for
+from pipeline.inputs import Hear
 from predictor.hash_table import HashTable
 from store import cuda
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class GPUWork:
     """See `pipeline.device.Work`."""
 
-    def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None):
-        self._gpu, self._batch, self._top_t = gpu, batch.index, top_t
+    def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None, hear: Hear | None):
+        self._gpu, self._batch, self._top_t, self._hear = gpu, batch.index, top_t, hear
         host = gpu.spec.task.inputs(batch, padded)
         masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
         self._real = [np.flatnonzero(mask) for mask in masks]
@@ -41,7 +42,7 @@ class GPUWork:
         with torch.cuda.stream(gpu.stream):
             self._begun = cuda.Event(stream)
             try:
-                outputs = gpu.forward(self._batch, self._inputs, self._tables, self._top_t)
+                outputs = gpu.forward(self._batch, self._inputs, self._tables, self._top_t, self._hear)
                 self._results = outputs.results.to("cpu", non_blocking=True)
                 self._chosen = outputs.chosen.to("cpu", non_blocking=True) if outputs.chosen is not None else None
                 self._counters = gpu.counters.both.to("cpu", non_blocking=True)
@@ -66,8 +67,9 @@ class GPUWork:
         model = self._gpu.spec.model.shape
         chosen = self._chosen.numpy().reshape(-1, model.top_k)
         ends = np.cumsum([self._tokens[stream] for stream in model.streams])
+        ends = ends[ends <= len(chosen)]  # the last layers may not have been reached
         layers = np.split(chosen, ends[:-1])
-        return [layer[self._real[stream]] for layer, stream in zip(layers, model.streams, strict=True)]
+        return [layer[self._real[stream]] for layer, stream in zip(layers, model.streams, strict=False)]
 
     def _padded(self, table: HashTable) -> Tables:
         """A hash table for padded tokens; padding has no expert."""

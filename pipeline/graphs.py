@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.device_experts import CurrentForward, DeviceForward
-from pipeline.tasks import Inputs
+from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]
@@ -106,6 +106,11 @@ class GraphedForward:
             graphs.append(torch.cuda.CUDAGraph())
             graphs[-1].capture_begin(self._pool, capture_error_mode="thread_local")
 
+        def routed(layer: int, tokens: torch.Tensor) -> None:
+            if layer != len(counts):
+                raise RuntimeError("MoE layers that text does not reach, or that run more than once")
+            counts.append(tokens)
+
         def boundary(layer: int) -> bool:
             if not cut:
                 return False
@@ -114,9 +119,7 @@ class GraphedForward:
             return len(graphs) % 2 == 0  # a piece, a part, a piece, ...
 
         masks = [self.inputs[name] for name in MASKS if name in self.inputs]
-        now = self._current.forward = DeviceForward(
-            masks, self.tables, lambda layer, tokens: counts.append(tokens), boundary, lambda layer, in_part: None
-        )
+        now = self._current.forward = DeviceForward(masks, self.tables, routed, boundary, lambda layer, in_part: None)
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             begin()

@@ -25,6 +25,8 @@ from store.weights import TensorInfo
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
+NOT_WANTED = ["*/*", "consolidated*"]
+"""Some publishers put the same weights there once more, for another program."""
 
 
 def local_checkpoint(model: str) -> Path:
@@ -93,9 +95,9 @@ def _is_local(name: str) -> bool:
 def _download(model: str, weights: list[str]) -> Path:
     """A hub's model: its small files, and those of the first pattern of `weights` that it has files of."""
     try:
-        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[:1]]))
+        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[:1]], ignore_patterns=NOT_WANTED))
         if weights and not any(directory.glob(weights[0])):
-            directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[1:]]))
+            directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[1:]], ignore_patterns=NOT_WANTED))
         return directory
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

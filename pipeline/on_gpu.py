@@ -14,16 +14,16 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import nn
 
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
-from pipeline.device_experts import Counters, CurrentForward, DeviceForward, DeviceMoE
-from pipeline.families import Family
+from pipeline.device_experts import Counters, CurrentForward, DeviceExperts, DeviceForward
+from pipeline.expert_shape import ExpertShape
 from pipeline.gpu_work import GPUWork
 from pipeline.graphs import MASKS, GraphedForward, Outputs, Tables
+from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
-from pipeline.tasks import Inputs
+from pipeline.routing import Expert
 from predictor.hash_table import HashTable
 from store import cuda
 from store.arena import Arena
@@ -68,15 +68,16 @@ class OnGPU:
             self.counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
             begin = slots.memory.data_ptr()
-            self.shapes = [spec.model.family.expert_shape(layout) for layout in arena.layout.layers]
+            self.shapes: list[ExpertShape] = []
 
-            def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-                shape = self.shapes[layer]
+            def experts(layer: int, stream: int, expert: Expert) -> DeviceExperts:
+                shape = expert.shape(arena.layout.layers[layer])
+                self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceMoE(family, router, layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
 
-            self.model = build(spec.model, arena, moe, device)
+            self.model = build(spec.model, arena, experts, device)
         self.lanes = CudaLanes(arena, slots, table, self.stream)
         self.engine = DeviceCopyEngine(arena, slots, POLICIES[spec.policy](), self.lanes)
         self._graphs: dict[tuple, GraphedForward | None] = {}
@@ -102,8 +103,8 @@ class OnGPU:
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self.engine.plan(batch, uses)
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> GPUWork:
-        return GPUWork(self, batch, table, top_t)
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> GPUWork:
+        return GPUWork(self, batch, table, top_t, hear)
 
     def wait_for_room(self) -> None:
         """Until the GPU has but one batch to do. With more, whoever is evicted would wait for batches that have not begun."""
@@ -123,8 +124,10 @@ class OnGPU:
         torch.cuda.synchronize(self._device)
         self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> Outputs:
-        """Enqueues a forward: as a graph when its shape has been seen before."""
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> Outputs:
+        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns."""
+        if not self.spec.task.one_forward:
+            return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")
@@ -167,7 +170,9 @@ class OnGPU:
     def _done(self, batch: int, layer: int, in_part: bool) -> None:
         (self.engine.read if in_part else self.engine.passed)(batch, layer)
 
-    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> Outputs:
+    def _eager(
+        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
+    ) -> Outputs:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
@@ -177,7 +182,7 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs), now, [])
+        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, [])
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}

@@ -15,12 +15,14 @@ from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
+from pipeline.generate import Generate
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir
 from pipeline.prepare import Prepared, check_predictor, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
 from pipeline.report import report
+from pipeline.speaker import Speaker
 from pipeline.timeline import timeline
 from predictor.actor import Prediction
 from store.actor import ArenaInfo
@@ -116,7 +118,11 @@ def _execute(
         with bar(label, len(prepared.rows)) as shown:
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
-            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead):
+            speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
+            listen = speaker.listen if speaker is not None else None
+            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+                if speaker is not None:
+                    speaker.finish(item.results)
                 now = time.perf_counter()
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
@@ -201,8 +207,15 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
     _say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
-    if metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]:
+    never = metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]
+    if never and metrics["prediction"]["kind"] != "none":
         _say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
+    if "new_tokens" in metrics:
+        each = metrics["ms_per_token"] or {"p50": 0.0}
+        _say(
+            f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
+            f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
+        )
     if metrics["executor_restarts"]:
         _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
     if metrics["prediction"]["top1"] is not None:

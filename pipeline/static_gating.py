@@ -9,40 +9,39 @@ paper's waste factor. All experts lie on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.func import vmap
 from transformers import PreTrainedModel
 
-from pipeline.families import Family
 from pipeline.models import ModelSpec, build
+from pipeline.routing import Expert, Routing
 from store.arena import Arena
 from store.layout import LayerLayout
 
 
-class StaticMoE(nn.Module):
-    """A MoE layer with a fixed number of places per expert."""
+class StaticExperts:
+    """The experts of one MoE layer, each with a fixed number of places (pipeline.routing.Experts)."""
 
-    def __init__(self, family: Family, router: nn.Module, weights: dict[str, torch.Tensor], capacity: float):
+    def __init__(self, expert: Expert, weights: dict[str, torch.Tensor], capacity: float):
         """
         Args:
             weights: of all experts, each part (experts, *shape of the part).
             capacity: places per expert, as a share of the layer's tokens, padding included.
         """
-        super().__init__()
-        self.router = router
-        self._family, self._weights, self._capacity = family, weights, capacity
+        self._expert, self._weights, self._capacity = expert, weights, capacity
+        self._count = len(next(iter(weights.values())))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, d_model) -> the same; zero for tokens that the router drops or that find no place."""
-        routing = self._family.route(self.router, hidden)
-        tokens = hidden.reshape(-1, hidden.shape[-1])  # T tokens, E experts, C places, D hidden
-        places = max(1, math.ceil(self._capacity * len(tokens)))
-        dispatch, combine = masks(routing.experts, routing.weights, routing.logits.shape[-1], places)
-        inputs = torch.einsum("tec,td->ecd", dispatch.to(tokens.dtype), tokens)
-        outputs = vmap(self._family.apply)(self._weights, inputs)
-        return torch.einsum("tec,ecd->td", combine.to(tokens.dtype), outputs).reshape(hidden.shape)
+    def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
+        """Zero for tokens that the router drops or that find no place."""
+        routing = route()  # T tokens, E experts, C places, D hidden
+        places = max(1, math.ceil(self._capacity * len(hidden)))
+        dispatch, combine = masks(routing.experts, routing.weights, self._count, places)
+        inputs = torch.einsum("tec,td->ecd", dispatch.to(hidden.dtype), hidden)
+        outputs = vmap(self._expert)(self._weights, inputs)
+        return torch.einsum("tec,ecd->td", combine.to(hidden.dtype), outputs)
 
 
 def masks(experts: torch.Tensor, weights: torch.Tensor, count: int, places: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,10 +70,10 @@ def static_model(spec: ModelSpec, arena: Arena, capacity: float, device: torch.d
     """The model with static gating in the place of every MoE layer, all of it on `device`."""
     memory = arena.memory[: arena.layout.expert_bytes].to(device)  # on a CPU the arena's own pages
 
-    def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-        return StaticMoE(family, router, _stacked(arena.layout.layers[layer], memory), capacity)
+    def experts(layer: int, stream: int, expert: Expert) -> StaticExperts:
+        return StaticExperts(expert, _stacked(arena.layout.layers[layer], memory), capacity)
 
-    return build(spec, arena, moe, device)
+    return build(spec, arena, experts, device)
 
 
 def _stacked(layer: LayerLayout, memory: torch.Tensor) -> dict[str, torch.Tensor]:

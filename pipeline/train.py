@@ -40,6 +40,8 @@ def train(config: Config) -> Accuracy:
     """
     if config.predictor.kind not in TRAINED:
         raise ConfigError(f"predictor.kind: {config.predictor.kind} is not trained; trained are {', '.join(TRAINED)}")
+    if config.task == "generate":
+        raise ConfigError("task: train traces one forward per batch; write `task: score`, the predictor then serves both")
     if config.predictor.path is None:
         raise ConfigError("predictor.path: train needs to know where to write")
     _check_writable(Path(config.predictor.path))

@@ -19,6 +19,7 @@ from predictor.baselines import Oracle, Random
 from predictor.errors import PredictorError
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import HashTable
+from predictor.nobody import Nobody
 from predictor.token_table import TokenTable
 from predictor.tokens import RoutingShape, TokenBatch
 
@@ -106,6 +107,10 @@ def _make_random(spec: PredictorSpec, embedding: Callable[[], torch.Tensor]) -> 
     return Random(spec.shape, spec.top_k, spec.seed)
 
 
+def _make_nobody(spec: PredictorSpec, embedding: Callable[[], torch.Tensor]) -> HashPredictor:
+    return Nobody(spec.shape)
+
+
 def _path(spec: PredictorSpec) -> Path:
     if spec.path is None:
         raise PredictorError(
@@ -119,4 +124,5 @@ KINDS: dict[str, Loader] = {
     "token_table": _load_token_table,
     "oracle": _load_oracle,
     "random": _make_random,
+    "none": _make_nobody,
 }

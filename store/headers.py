@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn, Self
-
-import torch
 
 from store.errors import CheckpointError
 from store.weights import TensorInfo
@@ -25,6 +24,7 @@ class Headers:
             fingerprint: of the weights that these are the headers of, where that is known.
         """
         self._name, self.tensors = name, dict(tensors)
+        self.directory = Path(name)
         parts = sorted((key, info.shape, str(info.dtype)) for key, info in tensors.items())
         self.fingerprint = fingerprint or hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -42,7 +42,7 @@ class Headers:
     def read(self, name: str) -> NoReturn:
         raise CheckpointError(f"{self._name}: only its headers were read; tensor {name} has no values here")
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
+    def read_into(self, name: str, *where: object, **how: object) -> NoReturn:
         self.read(name)
 
     def sample(self) -> str:
