@@ -104,7 +104,7 @@ def test_a_model_of_the_hub_is_planned_without_its_weights(make, tmp_path, monke
     headers = {name: SimpleNamespace(dtype=names[info.dtype], shape=list(info.shape)) for name, info in stored.items()}
     asked = []
 
-    def download(model, allow_patterns):
+    def download(model, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
         return str(small)
 
