@@ -13,6 +13,7 @@ examples:
   python runner.py run configs/quickstart.yaml store.budget=50% output_dir=runs/half
   python runner.py train configs/train-quickstart.yaml
   python runner.py bench configs/bench-movie.yaml
+  python runner.py plan configs/quickstart.yaml
   python runner.py clean
 
 Every key of a config is explained in docs/config.md. A value after a key is YAML, as in the file.
@@ -61,12 +62,13 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
         )
 
-    add_with_config("run", _run, "classify or score a data set", RUN)
+    add_with_config("run", _run, "classify, score or generate over a data set", RUN)
     add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
     add_with_config("bench", _bench, "compare systems on one workload", BENCH)
+    add_with_config("plan", _plan, "what would fit, and how fast, before loading", PLAN)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)
     clean.add_argument(
-        "directory", nargs="?", type=Path, default=Path("/dev/shm"), help="the store.directory to clean (default: /dev/shm)"
+        "directory", nargs="?", type=Path, help="the store.directory to clean (default: /dev/shm and the user's cache)"
     )
     return parser
 
@@ -92,9 +94,16 @@ accelerate's offload, and others that docs/benchmarks.md describes. Every time s
 
 Writes into output_dir: bench.json, bench.md, timeline-*.json and, with matplotlib, throughput.png and memory.png."""
 
+PLAN = """\
+Reads only the model's config and its weights' headers (of a hub model too) and says what the model takes, what is free, what fits,
+and how fast the link is. With plan.trace, a routing recorded by `train` with predictor.kind=oracle, it also simulates every budget
+of plan.budgets under every policy: moves, hits, samples per second, the knee, and what store.budget=auto would take.
+
+Writes into output_dir: plan.json and, with a trace and matplotlib, plan.png."""
+
 CLEAN = """\
-Removes the shared-memory arenas of this user that no process holds: what store.keep left for a warm start,
-and what a killed run left behind. Says what it freed."""
+Removes the arenas of this user that no process holds, in shared memory and on disk: what store.keep left for a
+warm start, and what a killed run left behind. Says what it freed."""
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -118,18 +127,28 @@ def _bench(options: argparse.Namespace) -> None:
     bench(load_config(options.config, options.overrides))
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.plan import plan
+
+    plan(load_config(options.config, options.overrides))
+
+
 def _clean(options: argparse.Namespace) -> None:
+    from pipeline.config import cache_directory
     from pipeline.errors import ConfigError
     from store.arena import clean
 
-    if not options.directory.is_dir():
-        raise ConfigError(f"{options.directory}: no such directory")
-    removed, in_use = clean(options.directory)
-    for item in removed:
-        print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")
-    for path in in_use:
-        print(f"in use  {path}")
-    print(f"freed {sum(item.nbytes for item in removed) / 1e6:.1f} MB in {options.directory}")
+    defaults = [directory for directory in (Path("/dev/shm"), cache_directory()) if directory.is_dir()]
+    for directory in defaults if options.directory is None else [options.directory]:
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: no such directory")
+        removed, in_use = clean(directory)
+        for item in removed:
+            print(f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)")
+        for path in in_use:
+            print(f"in use  {path}")
+        print(f"freed {sum(item.nbytes for item in removed) / 1e6:.1f} MB in {directory}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pipeline.bench_output import BenchDir
 from pipeline.bench_report import draw, markdown
 from pipeline.bench_rows import Measured, Yardsticks, line, ray_over_in_process, rows_of
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.executor import BatchStats
 from pipeline.limit import link_bytes_per_second
 from pipeline.machine import hardware
@@ -46,6 +47,8 @@ def bench(config: Config) -> dict[str, Any]:
     Raises:
         One of USER_ERRORS: what the user gave cannot work.
     """
+    if config.task == "generate":
+        raise ConfigError("task: bench measures one forward per batch, not generation; write `task: score` or `task: classify`")
     device = choose_device(config.device)
     check_systems(config, device)
     if device == "cpu" and {"transformers", "cpu"} <= {*config.bench.systems}:

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.output import check_lasting, check_same, flat, write_whole
+from pipeline.output import check_lasting, check_same, flat, holds_more_than_plans, write_whole
 
 REPORT = "bench.json"
-NOT_MEASURED = ("output_dir", "cluster", "train", "store.keep", "store.directory")
+NOT_MEASURED = ("output_dir", "cluster", "train", "plan", "store.keep", "store.directory")
 """Keys that may differ between a bench and its repetition."""
 
 
@@ -70,7 +70,7 @@ class BenchDir:
         if not self.path.exists():
             return
         if not (self.path / REPORT).exists():
-            if any(not file.name.startswith(".") for file in self.path.iterdir()):
+            if holds_more_than_plans(self.path):
                 raise ConfigError(f"output_dir: {self.path} holds files that are not a bench's; give another output_dir")
             return
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
 from pipeline.recipes import RECIPES
+from pipeline.sampling import Sampling
 from predictor.registry import KINDS
 from predictor.training import TrainSettings
 from store.eviction import POLICIES
@@ -80,8 +83,10 @@ class BatchConfig:
     size: int = 4
     max_tokens: int = 512
     """Longer texts are truncated, and counted."""
-    order: Literal["input", "length"] = "length"
-    """length: rows of similar length together, so that little is padded."""
+    order: Literal["input", "length", "overlap"] = "length"
+    """length: rows of similar length together, so that little is padded. overlap: rows whose tables share experts."""
+    window: int = 256
+    """overlap: so many rows in a row of the input are grouped with one another, and no row waits for more."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,23 @@ class StoreConfig:
     budget: str = field(default="20%", metadata={"read": _budget})
     """Bytes on the device for experts: a size such as 2GiB, a share of all expert bytes, or auto."""
     policy: str = "lru"
-    directory: str = "/dev/shm"
-    """Where the arena lies."""
+    backing: Literal["shm", "file"] = "shm"
+    """shm: the arena takes RAM. file: it lies on a disk, and RAM holds of it what there is room for."""
+    directory: str | None = None
+    """Where the arena lies; null: /dev/shm, or for a file the user's cache."""
     keep: bool = False
     """Leave the arena there for a warm start."""
+
+    @property
+    def arena_directory(self) -> Path:
+        """`directory`, or the default of `backing`, which need not exist."""
+        default = {"shm": Path("/dev/shm"), "file": cache_directory()}
+        return Path(self.directory) if self.directory is not None else default[self.backing]
+
+
+def cache_directory() -> Path:
+    """Where arenas on a disk lie unless `store.directory` says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sida-moe" / "arenas"
 
 
 @dataclass(frozen=True)
@@ -145,17 +163,31 @@ class BenchConfig:
     """The first so many of each size; null: all."""
     rounds: int = 9
     """Each system answers all of them so often; rounds before these warm everything up."""
+    capacity: float = 1.0
+    """static-gating: places per expert, as a share of the batch's tokens; with all of them none is ever dropped."""
     recall: float | None = None
     """Measure sida also with the true tables worsened: so many of their predictions are left right, 0..1."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    trace: str | None = None
+    """A recorded routing of this model: what `train` writes with predictor.kind=oracle. Without it bytes alone are planned."""
+    budgets: list[str] = field(default_factory=lambda: ["0", "5%", "10%", "20%", "30%", "40%", "60%", "80%", "100%"])
+    """Written as store.budget."""
+    policies: list[str] = field(default_factory=list)
+    """Empty: all."""
 
 
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig
     data: DataConfig
-    task: Literal["classify", "score"] = "classify"
+    task: Literal["classify", "score", "generate"] = "classify"
     labels: dict[str, str] = field(default_factory=dict, metadata={"read": _labels})
     """classify: label in the data -> the word that a text-to-text model writes for it."""
+    generate: Sampling = field(default_factory=Sampling)
+    """generate: how much is written, and how tokens are chosen."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -163,6 +195,8 @@ class Config:
     trace: TraceConfig = field(default_factory=TraceConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What `bench` does; `run` ignores it."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What `plan` weighs; `run` ignores it."""
     routing: Literal["exact", "hash"] = "exact"
     """exact: the model's routers decide, tables are hints. hash: the tables decide, as in the paper."""
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -225,11 +259,13 @@ def _check(config: Config, source: str) -> None:
             "'model.tokenizer' is missing: random weights come with none; name a directory, or a hub id such as google-t5/t5-base",
         )
     require(config.data.path is not None or config.data.hub is not None, "'data.path' is missing")
-    for key, kind, known in (
+    choices: list[tuple[str, str | None, Iterable[str]]] = [
         ("model.random.recipe", model.random.recipe, RECIPES),
         ("predictor.kind", config.predictor.kind, KINDS),
         ("store.policy", config.store.policy, POLICIES),
-    ):
+        *(("plan.policies", policy, POLICIES) for policy in config.plan.policies),
+    ]
+    for key, kind, known in choices:
         if kind is None:
             continue
         near = difflib.get_close_matches(kind, known, n=1)
@@ -238,6 +274,7 @@ def _check(config: Config, source: str) -> None:
     positive = {
         "batch.size": config.batch.size,
         "batch.max_tokens": config.batch.max_tokens,
+        "batch.window": config.batch.window,
         "predictor.top_k": config.predictor.top_k,
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,
@@ -257,6 +294,8 @@ def _check(config: Config, source: str) -> None:
     require(mass is None or 0 < mass <= 1, f"'predictor.mass' is {mass}; it must be more than 0 and at most 1")
     recall = config.bench.recall
     require(recall is None or 0 <= recall <= 1, f"'bench.recall' is {recall}; it must be between 0 and 1")
+    capacity = config.bench.capacity
+    require(0 < capacity <= 1, f"'bench.capacity' is {capacity}; it must be more than 0 and at most 1")
     require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")
     for key, seed in (("seed", config.seed), ("model.random.seed", model.random.seed)):
         require(0 <= seed < 2**63, f"{key!r} is {seed}; it must be 0 or more, and below 2**63")
@@ -264,5 +303,8 @@ def _check(config: Config, source: str) -> None:
     require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
+    require(config.generate.problem() is None, config.generate.problem() or "")
+    makes_tables = config.predictor.kind != "none"
+    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

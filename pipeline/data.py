@@ -51,26 +51,27 @@ class Batch:
     targets: tuple[np.ndarray, ...] | None = None
 
     def pad(
-        self, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest
+        self, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest, left: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the function `pad`."""
-        return pad(self.tokens, stream, value, padded)
+        return pad(self.tokens, stream, value, padded, left)
 
 
 def pad(
-    tokens: TokenBatch, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest
+    tokens: TokenBatch, stream: int, value: int, padded: Callable[[int], int] = lambda longest: longest, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stream's ids padded on the right with `value`, and its attention mask: int64 (batch, padded(longest)) both.
+    """A stream's ids padded with `value`, and its attention mask: int64 (batch, padded(longest)) both.
 
-    On the right whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
+    On the right unless `left`, whatever the tokenizer prefers: a router with a capacity then serves real tokens first.
     """
     rows = tokens.streams[stream]
-    ids = torch.full((len(rows), padded(max(map(len, rows)))), value, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+    ids = np.full((len(rows), padded(max(map(len, rows)))), value, dtype=np.int64)
+    mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
+        place = slice(ids.shape[1] - len(row), None) if left else slice(len(row))
+        ids[i, place] = row
+        mask[i, place] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:

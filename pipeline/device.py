@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.data import Batch
+from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
 from pipeline.tasks import Task
 from predictor.hash_table import HashTable
@@ -30,6 +31,7 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
+        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead.
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
@@ -44,6 +46,7 @@ class ExecutorSpec:
     threads: int
     background: bool = True
     demand: bool = False
+    read_ahead: bool = False
     predictor: PredictorSpec | None = None
     top_t: int | None = None
 
@@ -56,11 +59,25 @@ class Answer:
         outputs: the task's, on the CPU.
         chosen: what the routers chose, per MoE layer int16 (tokens, top_k); empty under hash routing.
         decisions: the same with more of their probabilities, if that was asked for.
+        span: when the device began and ended it, time.time_ns().
+        moved: what has moved since the answer before.
     """
 
     outputs: torch.Tensor
     chosen: list[np.ndarray]
     decisions: list[LayerTrace]
+    span: tuple[int, int]
+    moved: Movement
+
+
+class Work(Protocol):
+    """One batch on its way. Made in any thread: what can be done ahead is done."""
+
+    def start(self) -> None:
+        """Hands it to the device. Batches start one after the other, in one thread, and may start before others have ended."""
+
+    def answer(self) -> Answer:
+        """Waits for it. After `start`, in the same order, in one thread, which may be another."""
 
 
 class Device(Protocol):
@@ -73,16 +90,14 @@ class Device(Protocol):
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
 
-    def run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Answer:
-        """Runs one batch.
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Work:
+        """Makes one batch ready to run. From any thread.
 
         Args:
             table: decides under hash routing; None: the routers decide.
             top_t: record so many of the routers' probabilities per token; None: only what they chose.
+            hear: told of every new token, by tasks that make some.
         """
 
-    def take(self) -> Movement:
-        """What has moved since the last call."""
-
     def close(self) -> None:
-        """Stops copying."""
+        """Stops copying. Nothing is on its way any more."""

@@ -1,9 +1,9 @@
-"""The forward of a MoE layer on a GPU: no question to the CPU, so that it can be part of a CUDA graph.
+"""The forward of a MoE layer's experts on a GPU: no question to the CPU, so that it can be part of a CUDA graph.
 
-`DeviceMoE` takes the place of the model's own MoE module and keeps its router, as experts.py does on a CPU. Its kernels
+`DeviceExperts` stands in the place of a model's own experts, as experts.py does on a CPU. Its kernels
 (grouping.py, kernels.py) find each expert through the pointer table: in a slot, or in the host's registered memory, over the link.
 Between the router and the kernels it stops at `DeviceForward.boundary`: whoever runs the forward may wait for copies there, or end
-one graph and begin another.
+one graph and begin another; and may have the experts that are in slots computed first, any number of times, before the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from pipeline import grouping, kernels
 from pipeline.expert_shape import ExpertShape
 from pipeline.experts import record
-from pipeline.families import Family
+from pipeline.routing import Routing
 from predictor.traces import LayerTrace
 from store.layout import LayerLayout
 
@@ -42,9 +41,11 @@ class DeviceForward:
     Attributes:
         masks: per stream, 1 for real tokens: int64 (batch, tokens).
         tables: hash routing: per MoE layer the experts, int64 (batch * tokens, top_k), and their scaling; None: routers decide.
-        boundary: called between a layer's router and its experts, with the number of the layer and the tokens of each of its
-            experts, int32 (experts + 1,) on the device, those without expert last.
-        done: called when the layer's kernels are enqueued.
+        routed: called when a layer's router has decided, with the number of the layer and the tokens of each of its experts, int32
+            (experts + 1,) on the device, those without expert last.
+        boundary: called with the layer before its experts are computed; says whether those in slots only (a part), after which it
+            is called again, or all that are left.
+        done: called with the layer when these kernels are enqueued, and whether they were but a part.
         top_t: record so many of the routers' probabilities per token, which asks the GPU; None: their choice alone, which does not.
         chosen: per MoE layer what the router chose, int16 (batch * tokens, top_k).
         decisions: with top_t.
@@ -52,8 +53,9 @@ class DeviceForward:
 
     masks: list[torch.Tensor]
     tables: list[tuple[torch.Tensor, torch.Tensor]] | None
-    boundary: Callable[[int, torch.Tensor], None]
-    done: Callable[[int], None]
+    routed: Callable[[int, torch.Tensor], None]
+    boundary: Callable[[int], bool]
+    done: Callable[[int, bool], None]
     top_t: int | None = None
     chosen: list[torch.Tensor] = field(default_factory=list)
     decisions: list[LayerTrace] = field(default_factory=list)
@@ -65,13 +67,11 @@ class CurrentForward:
     forward: DeviceForward
 
 
-class DeviceMoE(nn.Module):
-    """A MoE layer whose experts are wherever the pointer table says."""
+class DeviceExperts:
+    """The experts of one MoE layer, wherever the pointer table says (pipeline.routing.Experts)."""
 
     def __init__(
         self,
-        family: Family,
-        router: nn.Module,
         layer: int,
         stream: int,
         shape: ExpertShape,
@@ -85,30 +85,33 @@ class DeviceMoE(nn.Module):
             table: int64 (experts,), this layer's part of the pointer table.
             slots: first address of the slots and the first behind them.
         """
-        super().__init__()
-        self.router = router
-        self._family, self._layer, self._stream = family, layer, stream
+        self._layer, self._stream = layer, stream
         self._shape, self._table, self._slots = shape, table, slots
         self._routed, self._hits = counters.routed[layer, : shape.experts], counters.hits[layer, : shape.experts]
         self._current = current
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, d_model) -> the same; zero for padding and for tokens that the router drops."""
+    def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
-        tokens = hidden.reshape(-1, hidden.shape[-1])
-        if now.tables is not None:
+        mask = now.masks[self._stream].reshape(-1, 1)
+        first = len(mask) == len(hidden)  # while generating, later forwards bring one token per row
+        if now.tables is not None and first:
             experts, weights = now.tables[self._layer]
         else:
-            mask = now.masks[self._stream].reshape(-1, 1)
-            routing = self._family.route(self.router, hidden)
-            experts, weights = torch.where(mask != 0, routing.experts, -1), routing.weights
-            now.chosen.append(routing.chosen.to(torch.int16))
-            if now.top_t is not None:
+            routing = route()
+            experts, weights = torch.where(mask != 0, routing.experts, -1) if first else routing.experts, routing.weights
+            if first:
+                now.chosen.append(routing.chosen.to(torch.int16))
+            if first and now.top_t is not None:
                 real = mask[:, 0].nonzero()[:, 0]
-                now.decisions.append(record(routing.logits[real], routing.chosen[real], weights[real], now.top_t))
+                logits = routing.logits[real] if routing.logits is not None else None
+                now.decisions.append(record(logits, routing.chosen[real], weights[real], now.top_t))
         groups = grouping.group(experts, self._shape)
-        now.boundary(self._layer, groups.counts)
-        grouping.snapshot(groups, self._table, *self._slots, self._routed, self._hits)
-        output = kernels.run(tokens, weights, groups)
-        now.done(self._layer)
-        return output.reshape(hidden.shape)
+        output = kernels.room(hidden, groups)
+        now.routed(self._layer, groups.counts)
+        in_part = True
+        while in_part:
+            in_part = now.boundary(self._layer)
+            grouping.snapshot(groups, self._table, *self._slots, self._routed, self._hits, last=not in_part)
+            kernels.run(hidden, weights, groups, output)
+            now.done(self._layer, in_part)
+        return kernels.combine(output, weights.shape[1])

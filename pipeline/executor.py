@@ -1,24 +1,28 @@
 """The Executor actor: the backbone on its device, as many experts as the budget allows in slots, the rest a read away.
 
 Calls may wait in it, as many as the window is wide: each hands its table to the copy engine when it comes, and is computed when its
-turn has come. A call carries all that it needs and may be repeated, in any order, by a restarted Executor.
+turn has come. A GPU is given the next batch before it has ended the one before. A call carries all that it needs and may be
+repeated, in any order, by a restarted Executor.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.data import Batch
-from pipeline.device import Answer, Device, ExecutorSpec
+from pipeline.device import Answer, Device, ExecutorSpec, Work
+from pipeline.inputs import Hear, Result
 from pipeline.on_cpu import OnCPU
 from pipeline.rehearsal import ArenaModel
-from pipeline.tasks import Result
 from predictor.accuracy import Accuracy, compare
 from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
@@ -26,7 +30,8 @@ from predictor.registry import HashPredictor, make
 from predictor.tokens import TokenBatch
 from predictor.traces import Trace
 from store.arena import Arena
-from store.movement import Movement
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +57,12 @@ class BatchStats:
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
+    first_token_ms: float | None = None
+    """Of a task that generates, from the batch's start to the first new token of each row."""
+    token_ms: list[float] = field(default_factory=list)
+    """The same for each further step."""
+    new_tokens: int = 0
+    """Of all rows."""
     accuracy: Accuracy = field(default_factory=Accuracy)
     load: list[list[int]] = field(default_factory=list)
     """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
@@ -79,14 +90,19 @@ class BatchResult:
         return {"batch": self.batch, "results": self.results, "stats": asdict(self.stats)}
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What the compute thread hands back. Times are time.time_ns()."""
+class Spoken:
+    """What a batch has generated so far, and when, time.time_ns(): see `pipeline.inputs.Hear`."""
 
-    answer: Answer
-    moved: Movement
-    start: int
-    end: int
+    def __init__(self, hear: Hear | None):
+        self._hear = hear
+        self.times: list[int] = []
+        self.tokens: list[list[int]] = []
+
+    def __call__(self, tokens: np.ndarray, awake: np.ndarray) -> None:
+        self.times.append(time.time_ns())
+        self.tokens.append(tokens.tolist())
+        if self._hear is not None:
+            self._hear(tokens, awake)
 
 
 class Executor:
@@ -100,6 +116,7 @@ class Executor:
         self._arena = arena
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
+        self._answers = ThreadPoolExecutor(1, "answer")  # another one, so that the next batch has not to wait for them
         self._starting = self._compute.submit(_make_device, spec, arena)
         # Nor does the predictor, if it is here, wait for the model's turn: another thread, on a GPU another stream.
         self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
@@ -107,6 +124,7 @@ class Executor:
         if self._ahead is not None:
             self._predicting = self._ahead.submit(self._make_predictor)
         self._closed = False
+        self._spoken: dict[int, Spoken] = {}
 
     def ready(self) -> int:
         """The process id: answers once the model stands.
@@ -124,24 +142,121 @@ class Executor:
         """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
         self._device.plan(batch, prediction.table.uses_under(routing))
 
-    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact") -> BatchResult:
+    def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
 
         Args:
             prediction: the batch's table. Under "hash" routing it is the routing; under "exact" it is a hint and may be None.
                 Where the predictor is in this process, it is made here.
+            hear: called with every new token of a task that generates, in the thread that computes. Another process asks `spoken`.
         """
-        if prediction is None and self._ahead is not None:
-            prediction = self._ahead.submit(self._predict, batch.tokens).result()
-        assert routing == "exact" or prediction is not None
+        return self.submit(batch, prediction, routing, hear).result()
+
+    def submit(
+        self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None
+    ) -> Future[BatchResult]:
+        """`execute`, without waiting for it. Batches run in the order in which they are submitted."""
+        assert routing == "exact" or prediction is not None or self._ahead is not None
+        spoken = self._spoken[batch.index] = Spoken(hear)
+        done: Future[BatchResult] = Future()
+        done.add_done_callback(lambda _: self._spoken.pop(batch.index, None))
+        if self._ahead is not None:  # those with a prediction too: none overtakes another
+            self._ahead.submit(self._predict, batch, prediction, routing, spoken, done)
+        else:
+            self._begin(batch, prediction, routing, spoken, done)
+        return done
+
+    def predict(self, tokens: TokenBatch) -> Prediction:
+        """What the predictor says that is in this process, for whoever wants tables before there are batches."""
+        assert self._ahead is not None, "no predictor is here"
+        return self._ahead.submit(lambda: timed(self._predictor, tokens)).result()
+
+    def spoken(self, batch: int) -> list[list[int]]:
+        """What a batch under way has generated so far: per step the new token of each row, -1 in rows that were done."""
+        spoken = self._spoken.get(batch)
+        return list(spoken.tokens) if spoken is not None else []
+
+    def trace(self, batch: Batch, top_t: int) -> Trace:
+        """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
+        done: Future[Trace] = Future()
+        self._run(self._device.prepare(batch, None, top_t), lambda answer: Trace(batch.tokens, tuple(answer.decisions)), done)
+        return done.result()
+
+    def close(self) -> None:
+        """Stops copying and gives up the arena. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ahead is not None:
+            self._ahead.shutdown()
+        self._compute.shutdown()
+        self._answers.shutdown()
+        try:
+            if self._starting.exception() is None:
+                self._device.close()
+        finally:
+            self._arena.close()
+
+    @property
+    def _device(self) -> Device:
+        return self._starting.result()
+
+    @property
+    def _predictor(self) -> HashPredictor:
+        assert self._predicting is not None
+        return self._predicting.result()
+
+    def _make_predictor(self) -> HashPredictor:
+        """In the predictor's thread. On a GPU it reads the weights that the device has there."""
+        assert self._spec.predictor is not None
+        self._device  # noqa: B018 (waited for, so that the backbone is brought there once)
+        return make(self._spec.predictor, ArenaModel(self._spec.model, self._spec.arena, self._arena))
+
+    def _predict(
+        self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]
+    ) -> None:
+        """In the predictor's thread."""
+        try:
+            if prediction is None:
+                prediction = timed(self._predictor, batch.tokens)
+            self._begin(batch, prediction, routing, spoken, done)
+        except BaseException as error:
+            done.set_exception(error)
+
+    def _begin(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]) -> None:
+        """Plans a batch and hands it to the compute thread."""
         if prediction is not None:
             self.plan(batch.index, prediction, routing)
         table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
-        done = self._compute.submit(self._run, batch, table, self._spec.top_t if table is None else None).result()
-        moved = done.moved
+        work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken)
+        self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
+
+    def _run(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
+        """One batch through both threads; the future gets what `finished` makes of its answer."""
+        self._compute.submit(self._start, work, finished, done)
+
+    def _start(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
+        try:
+            with torch.inference_mode():
+                work.start()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            self._answers.submit(self._answer, work, finished, done)
+
+    def _answer(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
+        try:
+            with torch.inference_mode():
+                done.set_result(finished(work.answer()))
+        except BaseException as error:
+            done.set_exception(error)
+
+    def _result(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, answer: Answer) -> BatchResult:
+        moved = answer.moved
+        steps = np.diff([answer.span[0], *spoken.times]) / 1e6
         stats = BatchStats(
-            start=done.start,
-            end=done.end,
+            start=answer.span[0],
+            end=answer.span[1],
             pid=os.getpid(),
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
@@ -155,57 +270,20 @@ class Executor:
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
+            first_token_ms=float(steps[0]) if len(steps) else None,
+            token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,
         )
-        if prediction is not None and done.answer.chosen:
-            truth = [chosen[:, 0] for chosen in done.answer.chosen]
+        truth = [chosen[:, 0] for chosen in answer.chosen]
+        if prediction is not None and _is_about(prediction.table, truth):
             stats.accuracy = compare(prediction.table, truth)
             sizes = self._spec.model.shape.experts
             stats.load = _loads(truth, sizes)
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
-        trace = Trace(batch.tokens, tuple(done.answer.decisions)) if self._spec.top_t is not None and table is None else None
-        return BatchResult(batch.index, self._spec.task.results(batch, done.answer.outputs), stats, trace)
-
-    def trace(self, batch: Batch, top_t: int) -> Trace:
-        """Runs one batch exactly and returns what its routers decided: tokens and labels of the same forward, in one order."""
-        done = self._compute.submit(self._run, batch, None, top_t).result()
-        return Trace(batch.tokens, tuple(done.answer.decisions))
-
-    def close(self) -> None:
-        """Stops copying and gives up the arena. May be repeated."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self._ahead is not None:
-                self._ahead.shutdown()
-            if self._starting.exception() is None:
-                self._compute.submit(self._device.close).result()
-        finally:
-            self._compute.shutdown()
-            self._arena.close()
-
-    @property
-    def _device(self) -> Device:
-        return self._starting.result()
-
-    def _make_predictor(self) -> HashPredictor:
-        """In the predictor's thread. On a GPU it reads the weights that the device has there."""
-        assert self._spec.predictor is not None
-        self._device  # noqa: B018 (waited for, so that the backbone is brought there once)
-        return make(self._spec.predictor, ArenaModel(self._spec.model, self._spec.arena, self._arena))
-
-    def _predict(self, tokens: TokenBatch) -> Prediction:
-        """In the predictor's thread."""
-        assert self._predicting is not None
-        return timed(self._predicting.result(), tokens)
-
-    @torch.inference_mode()
-    def _run(self, batch: Batch, table: HashTable | None, top_t: int | None = None) -> Computed:
-        """In the compute thread: the forward, and nothing that could be done beside the next one."""
-        start = time.time_ns()
-        answer = self._device.run(batch, table, top_t)
-        return Computed(answer, self._device.take(), start, time.time_ns())
+        trace = Trace(batch.tokens, tuple(answer.decisions)) if self._spec.top_t is not None and routing == "exact" else None
+        results = self._spec.task.results(batch, answer.outputs)
+        stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
+        return BatchResult(batch.index, results, stats, trace)
 
 
 def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
@@ -214,6 +292,11 @@ def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
     from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
 
     return OnGPU(spec, arena)
+
+
+def _is_about(table: HashTable, truth: list[np.ndarray]) -> bool:
+    """Whether a table names experts for what the routers decided: not under hash routing, nor where a layer was not reached."""
+    return [len(layer) for layer in truth] == [len(layer) for layer in table.experts] and table.experts[0].shape[1] > 0
 
 
 def _loads(choices: list[np.ndarray], sizes: tuple[int, ...]) -> list[list[int]]:

@@ -1,20 +1,20 @@
-"""The forward of a MoE layer over slots: tokens grouped by expert, each expert read from where it is, padding left out.
+"""The forward of a MoE layer's experts over slots: tokens grouped by expert, each expert read from where it is, padding left out.
 
-`SlotMoE` takes the place of the model's own MoE module and keeps its router. Under exact routing the router decides, with
-its capacity, exactly as in transformers; under hash routing the batch's hash table does, and the router is not run.
-Dynamic gating as in Towards MoE Deployment (section 4): tokens sorted by expert, no capacity padding, no dispatch mask, and
-no work for experts that have no token.
+`SlotExperts` stands in the place of a model's own experts, whatever its family (families.py). Under exact routing the model's
+router decides, with its capacity if it has one, exactly as in transformers; under hash routing the batch's hash table does. Dynamic
+gating as in Towards MoE Deployment (section 4): tokens sorted by expert, no capacity padding, no dispatch mask, and no work for
+experts that have no token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
 
-from pipeline.families import Family
+from pipeline.routing import Expert, Routing, are_probabilities
 from predictor.hash_table import HashTable
 from predictor.traces import LayerTrace
 from store.copies import CopyEngine
@@ -22,20 +22,31 @@ from store.copies import CopyEngine
 
 @dataclass
 class Forward:
-    """One forward under way: what every MoE layer of it needs to know.
+    """One batch under way, in one forward or, while it generates, in many: what every MoE layer needs to know.
 
     Attributes:
-        real: per stream the positions of real tokens in the padded batch, row after row; int64 (tokens,).
-        table: decides under hash routing; None: the routers decide.
+        masks: per stream 1 for real tokens, 0 for padding: bool (batch * tokens,), row after row.
+        table: decides under hash routing; None: the routers decide. It knows the first forward only.
         top_t: how many of the router's probabilities to record per token.
-        decisions: what the routers decided, one entry per MoE layer so far.
+        awake: while generating, the rows that are not done yet, bool (batch,); None: all.
+        decisions: MoE layer -> what its router decided in its first forward, the prompt's.
     """
 
     batch: int
-    real: tuple[torch.Tensor, ...]
+    masks: tuple[torch.Tensor, ...]
     table: HashTable | None = None
     top_t: int = 1
-    decisions: list[LayerTrace] = field(default_factory=list)
+    awake: torch.Tensor | None = None
+    decisions: dict[int, LayerTrace] = field(default_factory=dict)
+
+    def real(self, stream: int, tokens: int) -> torch.Tensor:
+        """The positions of real tokens among so many that have come to a layer, int64."""
+        mask = self.masks[stream]
+        if tokens != len(mask):  # the first forward is over: a new token per row, or as many as there are rows
+            if self.awake is None or tokens % len(self.awake):
+                return torch.arange(tokens)
+            mask = self.awake.repeat_interleave(tokens // len(self.awake))
+        return mask.nonzero()[:, 0]
 
 
 class Current:
@@ -44,31 +55,29 @@ class Current:
     forward: Forward
 
 
-class SlotMoE(nn.Module):
-    """A MoE layer whose experts are elsewhere."""
+class SlotExperts:
+    """The experts of one MoE layer, in slots or in the arena (pipeline.routing.Experts)."""
 
-    def __init__(self, family: Family, router: nn.Module, layer: int, stream: int, engine: CopyEngine, current: Current):
-        super().__init__()
-        self.router = router
-        self._family, self._layer, self._stream = family, layer, stream
+    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current):
+        self._layer, self._stream, self._expert = layer, stream, expert
         self._engine, self._current = engine, current
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, d_model) -> the same; zero for padding and for tokens that the router drops."""
+    def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
-        real = now.real[self._stream]
-        states = hidden.reshape(-1, hidden.shape[-1])
-        tokens = states[real]  # (tokens, d_model)
-        if now.table is not None:
+        real = now.real(self._stream, len(hidden))
+        first = self._layer not in now.decisions and len(hidden) == len(now.masks[self._stream])
+        if now.table is not None and first:
             experts = torch.from_numpy(now.table.experts[self._layer].astype(np.int64)).to(hidden.device)
             weights = torch.from_numpy(now.table.scaling[self._layer]).to(hidden.device, hidden.dtype)
         else:
-            routing = self._family.route(self.router, hidden)
+            routing = route()
             experts, weights = routing.experts[real], routing.weights[real]
-            now.decisions.append(record(routing.logits[real], routing.chosen[real], weights, now.top_t))
-        output = torch.zeros_like(states)
-        output[real] = self._run(now.batch, tokens, experts, weights)
-        return output.reshape(hidden.shape)
+            if first:
+                logits = routing.logits[real] if routing.logits is not None else None
+                now.decisions[self._layer] = record(logits, routing.chosen[real], weights, now.top_t)
+        output = torch.zeros_like(hidden)
+        output[real] = self._run(now.batch, hidden[real], experts, weights)
+        return output
 
     def _run(self, batch: int, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -76,28 +85,40 @@ class SlotMoE(nn.Module):
             tokens: (tokens, d_model).
             experts, weights: (tokens, top_k); expert -1 is none.
         """
-        output = torch.zeros_like(tokens)
+        top_k = experts.shape[1]
         by_expert = experts.reshape(-1).argsort(stable=True)  # positions in (tokens, top_k), those of one expert together
         used, counts = experts.reshape(-1)[by_expert].unique_consecutive(return_counts=True)
         groups = list(zip(used.tolist(), by_expert.split(counts.tolist()), strict=True))
         groups = [(expert, positions) for expert, positions in groups if expert >= 0]
+        # As transformers adds up: products in the wider dtype of both, a sum over a token's experts in their order, then rounded.
+        products = torch.zeros(len(by_expert), tokens.shape[1], dtype=torch.promote_types(tokens.dtype, weights.dtype))
         with self._engine.reading(batch, self._layer, [expert for expert, _ in groups]) as blocks:
             for (_, positions), block in zip(groups, blocks, strict=True):
-                rows = positions // experts.shape[1]
-                result = self._family.apply(block, tokens[rows]) * weights.reshape(-1)[positions, None]
-                output.index_add_(0, rows, result.to(output.dtype))
-        return output
+                result = self._expert(block, tokens[positions // top_k])
+                products[positions] = (result * weights.reshape(-1)[positions, None]).to(products.dtype)
+        return products.view(-1, top_k, tokens.shape[1]).sum(dim=1).to(tokens.dtype)
 
 
-def record(logits: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
+def record(logits: torch.Tensor | None, chosen: torch.Tensor, weights: torch.Tensor, top_t: int) -> LayerTrace:
     """What the router decided, before any capacity: a label for predictors.
 
     Args:
-        logits: (tokens, experts).
+        logits: (tokens, experts), or probabilities, which some routers hand out; None: unknown, then the chosen experts share all
+            probability by their weights.
         chosen, weights: (tokens, top_k).
     """
-    every = logits.float().softmax(dim=-1)
-    first = every.scatter(1, chosen, 2.0)  # above any probability: what the router chose comes first, ties or not
+    if logits is None:
+        order = weights.float().argsort(dim=-1, descending=True, stable=True)
+        share = weights.float().abs().gather(1, order)
+        return LayerTrace(
+            chosen.gather(1, order).to(torch.int16).cpu().numpy(),
+            (share / share.sum(dim=-1, keepdim=True).clamp(min=1e-9)).half().cpu().numpy(),
+            weights.float().sum(dim=-1).half().cpu().numpy(),
+        )
+    every = logits.float()
+    if not are_probabilities(every):
+        every = every.softmax(dim=-1)
+    first = every.scatter_add(1, chosen, torch.full_like(weights, 2.0, dtype=every.dtype))  # the chosen first, ties or not
     top = first.topk(min(max(top_t, chosen.shape[1]), logits.shape[-1]), dim=-1).indices
     probabilities = every.gather(1, top)
     return LayerTrace(

@@ -3,6 +3,9 @@
 `group` sorts the token-expert pairs by expert, `snapshot` reads the table of addresses, once, and cuts each expert's pairs into
 tiles. Neither asks the GPU anything: both can be captured in a CUDA graph, after a first call outside, which compiles.
 
+A layer may be computed in parts: a `snapshot` that is not the last leaves out the experts that are not in slots, and each later one
+those that have been served.
+
 Pairs without an expert are sorted too, behind all others, and get tiles of their own: the matmuls write zeros for them, so that no
 buffer has to be zeroed first, and no launch is spent on it.
 """
@@ -68,12 +71,13 @@ class Groups:
     Attributes:
         order: int32 (pairs,), positions in (tokens, top_k), by expert, those of one expert in their order.
         counts, offsets: int32 (experts + 1,), how many of `order` are an expert's, and where they begin.
-        address: int64 (experts,), the snapshot of the table.
+        address: int64 (experts,), the snapshot of the table; 0: not in this part.
+        served: int32 (experts,), 1 for those that an earlier part has computed.
         tile_experts: int32 (at most so many tiles,), whose tile this is; an expert's tiles lie together.
         tile_count: int32 (1,), how many of them there are; what lies behind is uninitialised.
         first_tiles: int32 (experts + 1,), an expert's first tile.
 
-    `group` writes the first three, `snapshot` the others.
+    `group` writes the first three and clears `served`; `snapshot` writes the others.
     """
 
     shape: ExpertShape
@@ -82,6 +86,7 @@ class Groups:
     counts: torch.Tensor
     offsets: torch.Tensor
     address: torch.Tensor
+    served: torch.Tensor
     tile_experts: torch.Tensor
     tile_count: torch.Tensor
     first_tiles: torch.Tensor
@@ -105,21 +110,29 @@ def group(experts: torch.Tensor, shape: ExpertShape) -> Groups:
         return torch.empty(size, dtype=dtype, device=experts.device)
 
     most = min(every, pairs) + pairs // tiles.rows  # each expert's last tile, and the full ones
-    order, counts, offsets = empty(pairs), empty(every), empty(every)
+    order, counts, offsets, served = empty(pairs), empty(every), empty(every), empty(every)
     groups = Groups(
-        shape, tiles, order, counts, offsets, empty(shape.experts, torch.int64), empty(most), empty(1), empty(every)
+        shape, tiles, order, counts, offsets, empty(shape.experts, torch.int64), served, empty(most), empty(1), empty(every)
     )  # fmt: skip
     block = 256 if pairs <= 256 else 2048  # two, so that few kernels are compiled
-    _sort[(every,)](experts.contiguous(), order, counts, offsets, pairs, shape.experts, block)
+    _sort[(every,)](experts.contiguous(), order, counts, offsets, served, pairs, shape.experts, block)
     return groups
 
 
 def snapshot(
-    groups: Groups, table: torch.Tensor, slots_begin: int, slots_end: int, routed: torch.Tensor, hits: torch.Tensor
+    groups: Groups,
+    table: torch.Tensor,
+    slots_begin: int,
+    slots_end: int,
+    routed: torch.Tensor,
+    hits: torch.Tensor,
+    last: bool = True,
 ) -> None:
     """Reads each entry of the table once, counts, and makes the tiles. One launch. What the table becomes later is not seen.
 
     Args:
+        last: all experts that are still to be computed, wherever they are; otherwise those of them that are in slots. `routed` and
+            `hits` are right after the last.
         table: int64 (experts,), each expert's address.
         slots_begin, slots_end: addresses; an expert between them is in a slot.
         routed: int32 (experts,), assigned the pairs of each expert.
@@ -127,8 +140,8 @@ def snapshot(
     """
     every = groups.shape.experts + 1
     _snapshot[(every,)](
-        table, groups.counts, groups.address, groups.tile_experts, groups.tile_count, groups.first_tiles, routed, hits,
-        slots_begin, slots_end, groups.shape.experts, triton.next_power_of_2(every), groups.tiles.rows
+        table, groups.counts, groups.address, groups.served, groups.tile_experts, groups.tile_count, groups.first_tiles,
+        routed, hits, slots_begin, slots_end, last, groups.shape.experts, triton.next_power_of_2(every), groups.tiles.rows
     )  # fmt: skip
 
 
@@ -141,7 +154,7 @@ def _keys(experts, position, pairs, EXPERTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _sort(experts, order, counts, offsets, pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sort(experts, order, counts, offsets, served, pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     """Program e finds the pairs of expert e and counts those of the experts before: two passes over all, no second launch."""
     expert = tl.program_id(0)
     count = 0
@@ -152,6 +165,7 @@ def _sort(experts, order, counts, offsets, pairs, EXPERTS: tl.constexpr, BLOCK: 
         before += tl.sum((key < expert).to(tl.int32))
     tl.store(counts + expert, count)
     tl.store(offsets + expert, before)
+    tl.store(served + expert, 0)
     for start in range(0, pairs, BLOCK):
         position = start + tl.arange(0, BLOCK)
         mine = _keys(experts, position, pairs, EXPERTS) == expert
@@ -161,8 +175,8 @@ def _sort(experts, order, counts, offsets, pairs, EXPERTS: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["slots_begin", "slots_end"])
 def _snapshot(
-    table, counts, address, tile_experts, tile_count, first_tiles, routed, hits,
-    slots_begin, slots_end, EXPERTS: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr
+    table, counts, address, served, tile_experts, tile_count, first_tiles, routed, hits,
+    slots_begin, slots_end, LAST: tl.constexpr, EXPERTS: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Program e does all that concerns expert e; the last one, that of none, counts the tiles."""
     expert = tl.program_id(0)
@@ -179,6 +193,12 @@ def _snapshot(
     else:
         count = tl.load(counts + expert)
         here = tl.load(table + expert, volatile=True)  # volatile: one load, so that what is counted is what is read
-        tl.store(address + expert, here)
+        before = tl.load(served + expert) != 0
+        in_slot = (here >= slots_begin) & (here < slots_end)
+        now = before == 0
+        if not LAST:
+            now = now & in_slot
+        tl.store(address + expert, tl.where(now, here, 0))
+        tl.store(served + expert, (before | now).to(tl.int32))
         tl.store(routed + expert, count)
-        tl.store(hits + expert, ((count > 0) & (here >= slots_begin) & (here < slots_end)).to(tl.int32))
+        tl.store(hits + expert, ((count > 0) & (before | in_slot)).to(tl.int32))

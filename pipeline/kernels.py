@@ -1,6 +1,7 @@
 """The experts of a MoE layer on a GPU: Triton grouped matmuls that find each expert's weights through a table of addresses.
 
-Knows tokens, experts and addresses; nothing of models, slots or copies. After `group` and `snapshot` (grouping.py), `run` computes.
+Knows tokens, experts and addresses; nothing of models, slots or copies. After `group` and `snapshot` (grouping.py), `run` computes:
+all experts, or a part of them, and after the last part `combine` has the layer's output.
 It asks the GPU nothing, so it can be captured in a CUDA graph (after a first call outside, which compiles), and a replay follows
 the table as it is then. An address may lie in HBM or in registered host memory: a kernel that reads in place over the link is the
 same kernel, only slower.
@@ -19,17 +20,21 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.grouping import NARROW, Groups
 
 
-def run(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """The layer's output: for each token the sum of its experts' results, weighted; zero for a token without expert.
+def room(hidden: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """For what `run` writes, in one part or several: (pairs, d_model), uninitialised."""
+    return hidden.new_empty(groups.order.numel(), groups.shape.d_model)
 
-    Products are summed in float32, and rounded after the activation, after the weight, and after the sum over top_k. Same
-    input, same bits. Two launches, three with top_k > 1.
+
+def run(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, output: torch.Tensor) -> None:
+    """Writes the weighted results of those pairs whose experts have an address, and zero for pairs without expert.
+
+    Products are summed in float32, and rounded after the activation and after the weight. Same input, same bits, in whatever
+    parts. Two launches.
 
     Args:
         hidden: (tokens, d_model), of the experts' dtype.
         weights: (tokens, top_k), floating-point.
-
-    Returns: (tokens, d_model).
+        output: (tokens * top_k, d_model).
     """
     shape, tiles, pairs, top_k = groups.shape, groups.tiles, groups.order.numel(), weights.shape[1]
     assert hidden.dtype == shape.dtype and weights.numel() == pairs
@@ -37,7 +42,7 @@ def run(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Te
     activation, apply = (activation, None) if isinstance(activation, str) else ("none", activation)
     outputs, stride, *parts = _first(shape)
 
-    inner = hidden.new_empty(pairs, outputs)  # sorted; the last rows, of pairs without expert, stay uninitialised
+    inner = hidden.new_empty(pairs, outputs)  # sorted; rows of other parts, and of pairs without expert, stay uninitialised
     _up[(most * triton.cdiv(outputs, tiles.up.n),)](
         hidden.contiguous(), inner, *groups.tensors, shape.experts, top_k, shape.d_model, outputs, stride,
         shape.transposed, *parts, activation, NARROW, tiles.rows, tiles.up.n, tiles.up.k,
@@ -45,13 +50,16 @@ def run(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Te
     )  # fmt: skip
     if apply is not None:
         inner = apply(inner).contiguous()
-    output = hidden.new_empty(pairs, shape.d_model)  # written whole: tiles of pairs without expert write zeros
     _down[(most * triton.cdiv(shape.d_model, tiles.down.n),)](
         inner, output, weights.contiguous(), *groups.tensors, shape.experts, shape.d_ff, shape.d_model,
         shape.d_model if shape.transposed else shape.d_ff, shape.transposed, shape.down, shape.down_bias,
         NARROW, tiles.rows, tiles.down.n, tiles.down.k, num_warps=tiles.down.warps, num_stages=tiles.down.stages
     )  # fmt: skip
-    return output if top_k == 1 else output.view(-1, top_k, shape.d_model).sum(dim=1)
+
+
+def combine(output: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The layer's output: for each token the sum of its experts' results: (tokens, d_model). A launch more with top_k > 1."""
+    return output if top_k == 1 else output.view(-1, top_k, output.shape[-1]).sum(dim=1)
 
 
 def _first(shape: ExpertShape) -> tuple[int, int, int | None, int, int | None, int | None]:
@@ -181,7 +189,7 @@ def _up(
     TRANSPOSED: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """inner = activation(hidden @ up), or activation(hidden @ gate) * (hidden @ up)."""
+    """inner = activation(hidden @ up), or activation(hidden @ gate) * (hidden @ up); nothing for experts of other parts."""
     tile = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
     expert = tl.load(tile_experts + tile)  # before it is known whether there is such a tile: one round trip less
     if tile >= tl.load(tile_count):
@@ -189,6 +197,8 @@ def _up(
     if expert == EXPERTS:
         return
     here, row, rows, n = _locate(expert, counts, offsets, address, first_tiles, EXPERTS, OUTPUTS, BLOCK_M, BLOCK_N)
+    if here == 0:
+        return
     if rows <= FEW:
         _up_rows(
             hidden, inner, order, here, row, rows, n, TOP_K, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,
@@ -236,6 +246,8 @@ def _down(
         m = tl.arange(0, BLOCK_M)
         pair = tl.load(order + row + m, mask=m < rows, other=0)
         _store(output, pair, m < rows, n, OUTPUTS, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    elif here == 0:
+        pass  # of another part
     elif rows <= FEW:
         _down_rows(
             inner, output, weights, order, here, row, rows, n, INPUTS, OUTPUTS, STRIDE, TRANSPOSED,

@@ -40,7 +40,7 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "tokens": sum(s.tokens for s in stats),
         "seconds": round(seconds, 3),
         "samples_per_second": round(samples / max(seconds, 1e-9), 3),
-        "latency_ms": {f"p{q}": round(float(np.percentile(latencies, q)), 3) for q in (50, 95, 99)},
+        "latency_ms": _percentiles(latencies),
         "copied_bytes": {
             "prefetch": sum(s.prefetch_bytes for s in stats),
             "demand": sum(s.demand_bytes for s in stats),
@@ -54,6 +54,21 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "prediction": prediction_metrics(stats),
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
         "executor_restarts": _restarts(stats),
+    } | generation_metrics(stats)
+
+
+def generation_metrics(stats: list[BatchStats]) -> dict[str, Any]:
+    """Of a task that generates: how long the first token took, and each after it; nothing of another task."""
+    first = [s.first_token_ms for s in stats if s.first_token_ms is not None]
+    if not first:
+        return {}
+    after = [ms for s in stats for ms in s.token_ms]
+    seconds = (sum(first) + sum(after)) / 1e3
+    return {
+        "new_tokens": sum(s.new_tokens for s in stats),
+        "new_tokens_per_second": round(sum(s.new_tokens for s in stats) / max(seconds, 1e-9), 3),
+        "ms_to_first_token": _percentiles(first),
+        "ms_per_token": _percentiles(after) if after else None,
     }
 
 
@@ -109,6 +124,10 @@ def _restarts(stats: list[BatchStats]) -> int:
 
 def _sum(rows: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _percentiles(ms: list[float]) -> dict[str, float]:
+    return {f"p{q}": round(float(np.percentile(ms, q)), 3) for q in (50, 95, 99)}
 
 
 def _share(part: int, whole: int) -> float | None:

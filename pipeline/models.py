@@ -7,7 +7,7 @@ allocated, then with the backbone's weights from the arena.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,29 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from pipeline.classifier import SwitchTransformersForSequenceClassification
 from pipeline.config import ModelConfig
+from pipeline.door import NAME, stacked
+from pipeline.empty import assign, kept_dtypes, on_meta
 from pipeline.errors import ModelError
-from pipeline.families import FAMILIES, Family, MoELayer
-from pipeline.hub import local_checkpoint, local_tokenizer
+from pipeline.families import nobody, serve
+from pipeline.hub import headers, local_checkpoint, local_tokenizer
+from pipeline.published import PublishedSource
 from pipeline.recipes import RECIPES
+from pipeline.routing import MakeExperts, MoELayer
 from predictor.tokens import RoutingShape
 from store.arena import Arena
-from store.checkpoint import CheckpointSource
+from store.checkpoint import Checkpoint
 from store.errors import CheckpointError
+from store.headers import Headers
+from store.layout import torch_dtype
 from store.load import Placement
 from store.random_weights import RandomWeights
 from store.weights import Source, Weights
 
-MakeMoE = Callable[[Family, nn.Module, int, int], nn.Module]
-"""From a family, a MoE layer's own router, the layer's number and its stream: the module that stands in the layer's place."""
 _BACKBONES: WeakKeyDictionary[Arena, dict[torch.device, dict[str, torch.Tensor]]] = WeakKeyDictionary()
 """By where they are: those that `build` has brought to a device."""
-OWN_ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
-    "SwitchTransformersForSequenceClassification": SwitchTransformersForSequenceClassification
-}
 
 
 @dataclass(frozen=True)
@@ -58,48 +57,72 @@ class ModelSpec:
     shape: RoutingShape
     embedding: str
     """The name of the input embeddings' weight in the arena's backbone."""
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.config["model_type"]]
+    stop: tuple[int, ...] = ()
+    """Ids with which it ends what it writes."""
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return self.architecture.endswith("ForConditionalGeneration")
+        return bool(self.config.get("is_encoder_decoder")) and self.architecture.endswith("ForConditionalGeneration")
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that it can read; None: its positions have no end."""
+        context = getattr(self.pretrained_config().get_text_config(), "max_position_embeddings", None)
+        return context if isinstance(context, int) and context > 0 else None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes text."""
+        cls = getattr(transformers, self.architecture, None)
+        return cls is not None and cls.can_generate()
 
     def pretrained_config(self) -> transformers.PretrainedConfig:
         return AutoConfig.for_model(**self.config)
 
 
-def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weights]:
+def describe(config: ModelConfig, device: torch.device, only_headers: bool = False) -> tuple[ModelSpec, Weights]:
     """Reads a model's config and its checkpoint's headers, or what its random weights would be.
+
+    Args:
+        only_headers: read no value, and download none: what the config ties and the checkpoint has twice counts as tied.
 
     Raises:
         ModelError: no such model or tokenizer, a family that is not served, or a model without experts.
         CheckpointError: a damaged file, or a tensor that is missing or of a wrong shape.
     """
-    directory = local_checkpoint(config.path) if config.path is not None else None
+    directory: Path | None = None
+    checkpoint: Checkpoint | Headers | None = None
+    if config.path is not None and only_headers:
+        directory, checkpoint = headers(config.path)
+    elif config.path is not None:
+        directory = local_checkpoint(config.path)
+        checkpoint = Checkpoint(directory.absolute())
     file = directory / "config.json" if directory else Path(config.config or "")
     pretrained = _read_config(file)
-    model_type = pretrained.model_type
-    if model_type not in FAMILIES:
-        raise ModelError(f"{file}: model type {model_type!r} has no experts that are served; served: {', '.join(FAMILIES)}")
     architecture = (pretrained.architectures or ["none"])[0]
-    model = on_meta(pretrained, architecture, str(file))
-    source = CheckpointSource(directory.absolute()) if directory else _random_weights(config, file, model)
+    dtype = _dtype(config.dtype, device, pretrained, checkpoint)
+    model = on_meta(pretrained, architecture, str(file), torch_dtype(dtype))
+    source: Source
+    if checkpoint is not None:
+        assert directory is not None
+        source = published = PublishedSource(directory.absolute(), pretrained.to_dict(), architecture, dtype)
+        weights: Weights = published.of(checkpoint)
+    else:
+        source = weights = _random_weights(config, file, model)
     tokenizer = local_tokenizer(config.tokenizer) if config.tokenizer is not None else directory
     assert tokenizer is not None, "a config without model.path names a tokenizer"
-    weights = source.open()
-    layers, expert_shapes = _without_experts(model, _only_router)
+    layers = serve(model, nobody)
     if not layers:
-        raise ModelError(f"{source}: the model has no experts (no sparse layers in its config): nothing to offload")
-    dtype: str = config.dtype
-    if dtype == "auto":
-        stored = weights.info(layers[0].experts[0]["wi"]).dtype
-        dtype = "float32" if device.type == "cpu" else str(stored).removeprefix("torch.")
-    for name, wanted in expert_shapes.items():
-        _check_shape(weights, name, wanted)
-    family = FAMILIES[model_type]
+        raise ModelError(
+            f"{source}: the model has no experts that are served (model type {pretrained.model_type!r}, {architecture}): nothing "
+            "to offload; docs/models.md lists the families that have some"
+        )
+    for layer in layers:
+        for expert in layer.experts:
+            for part, name in expert.items():
+                _check_shape(weights, name, layer.shapes[part])
+    kept = kept_dtypes(model, torch_dtype(dtype))
+    backbone = _backbone(model, weights, file, only_headers)
     embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     return ModelSpec(
         source,
@@ -109,60 +132,47 @@ def describe(config: ModelConfig, device: torch.device) -> tuple[ModelSpec, Weig
         dtype,
         Placement(
             experts=tuple(layer.experts for layer in layers),
-            backbone=_backbone(model, weights, file),
+            backbone=backbone,
             dtype=dtype,
-            routers=tuple(f"{layer.name}.{n}" for layer in layers for n in _router_tensors(model, layer)),
+            routers=tuple(dict.fromkeys(name for layer in layers for name in _router_tensors(model, layer, backbone))),
+            kept={name: str(kept[name]).removeprefix("torch.") for name in backbone if name in kept},
         ),
         RoutingShape(
             experts=tuple(len(layer.experts) for layer in layers),
             streams=tuple(layer.stream for layer in layers),
-            top_k=family.top_k,
-            vocab_size=pretrained.vocab_size,
+            top_k=max(layer.top_k for layer in layers),
+            vocab_size=pretrained.get_text_config().vocab_size,
         ),
         embedding,
+        _stop(pretrained, directory),
     ), weights
 
 
-def build(spec: ModelSpec, arena: Arena, moe: MakeMoE, device: torch.device) -> PreTrainedModel:
-    """The model in eval mode, `moe`'s modules in the place of its MoE layers, its backbone on `device`.
+def _stop(config: transformers.PretrainedConfig, directory: Path | None) -> tuple[int, ...]:
+    """As generation_config.json says, where there is one; else as the config does."""
+    try:
+        stop = GenerationConfig.from_pretrained(directory).eos_token_id if directory is not None else None
+    except (OSError, ValueError, TypeError):
+        stop = None
+    stop = stop if stop is not None else getattr(config.get_text_config(), "eos_token_id", None)
+    return tuple(stop) if isinstance(stop, list | tuple) else (stop,) if stop is not None else ()
+
+
+def build(spec: ModelSpec, arena: Arena, make: MakeExperts, device: torch.device) -> PreTrainedModel:
+    """The model in eval mode, `make`'s experts in the place of its own, its backbone on `device`.
 
     On a CPU the backbone's tensors are the arena's own pages: no second copy, and never to be written. On a device all models that
     are built of one `Arena` share one copy.
     """
-    model = on_meta(spec.pretrained_config(), spec.architecture, str(spec.source))
-    _without_experts(model, moe)
+    model = on_meta(spec.pretrained_config(), spec.architecture, str(spec.source), torch_dtype(spec.dtype))
+    if stacked(model):
+        model.set_experts_implementation(NAME)
+    serve(model, make)
     there = _BACKBONES.setdefault(arena, {})
     if device not in there:
         there[device] = {name: tensor.to(device) for name, tensor in arena.backbone().items()}
-    assign(model, there[device])
+    assign(model, there[device], device)
     return model
-
-
-def on_meta(config: transformers.PretrainedConfig, architecture: str, file: str) -> PreTrainedModel:
-    """A model of transformers, or one of ours, that has shapes and no values.
-
-    Args:
-        file: the config's, for messages.
-
-    Raises:
-        ModelError: no architecture of that name and of the config's family.
-    """
-    cls = OWN_ARCHITECTURES.get(architecture) or getattr(transformers, architecture, None)
-    if cls is None or getattr(cls, "config_class", None) is not type(config):
-        raise ModelError(f"{file}: architectures names {architecture!r}, which is no {config.model_type} of transformers")
-    with torch.device("meta"):
-        return cls(config)
-
-
-def assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Gives a model from `on_meta` its values, by the model's own names, as they are; and puts it into eval mode."""
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    untied = {name: tensor for name, tensor in weights.items() if name in model.all_tied_weights_keys}
-    model.load_state_dict(untied, strict=False, assign=True)  # tied by the config, stored with values of their own
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    assert not left, f"{left[0]} has no value: describe() should have refused the checkpoint"
-    model.eval().requires_grad_(False)
 
 
 def _read_config(file: Path) -> transformers.PretrainedConfig:
@@ -177,30 +187,37 @@ def _read_config(file: Path) -> transformers.PretrainedConfig:
 def _random_weights(config: ModelConfig, file: Path, model: PreTrainedModel) -> RandomWeights:
     """The weights that the config's recipe and seed give to every tensor of a whole model."""
     recipe = RECIPES[config.random.recipe or ""]
-    own = [(name, tuple(t.shape)) for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys]
+    experts = stacked(model)
+    own: list[tuple[str, tuple[int, ...]]] = []
+    for name, tensor in model.state_dict().items():
+        if name in experts:
+            own += [(f"{name}[{expert}]", tuple(tensor.shape[1:])) for expert in range(experts[name])]
+        elif name not in model.all_tied_weights_keys:
+            own.append((name, tuple(tensor.shape)))
     dtype = model.config.dtype or torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"{file}: dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     return RandomWeights(file, {name: recipe(name, shape) for name, shape in own}, dtype, config.random.seed)
 
 
-def _without_experts(model: PreTrainedModel, moe: MakeMoE) -> tuple[list[MoELayer], dict[str, tuple[int, ...]]]:
-    """Replaces every MoE layer of a model on the meta device; says what was there: the layers, and the shapes of their experts."""
-    family = FAMILIES[model.config.model_type]
-    layers = family.moe_layers(model)
-    shapes = {name: tuple(model.get_parameter(name).shape) for layer in layers for e in layer.experts for name in e.values()}
-    for i, layer in enumerate(layers):
-        router = model.get_submodule(f"{layer.name}.router")
-        model.set_submodule(layer.name, moe(family, router, i, layer.stream))
-    return layers, shapes
+def _dtype(
+    wanted: str, device: torch.device, config: transformers.PretrainedConfig, checkpoint: Checkpoint | Headers | None
+) -> str:
+    """What `model.dtype` means: auto is float32 on a CPU; on a GPU as stored, and what was quantised as its config says."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        return "float32"
+    sizes: Counter[torch.dtype] = Counter()
+    for info in checkpoint.tensors.values() if checkpoint is not None else ():
+        if info.dtype.is_floating_point and 1 < info.dtype.itemsize < 8:
+            sizes[info.dtype] += info.nbytes
+    quantised = getattr(config, "quantization_config", None) is not None
+    stored = config.dtype or torch.bfloat16 if quantised or not sizes else sizes.most_common(1)[0][0]
+    return str(stored).removeprefix("torch.")
 
 
-def _only_router(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-    """In a model that is only described."""
-    return nn.ModuleDict({"router": router})
-
-
-def _backbone(model: PreTrainedModel, weights: Weights, file: Path) -> dict[str, str]:
+def _backbone(model: PreTrainedModel, weights: Weights, file: Path, only_headers: bool) -> dict[str, str]:
     """The model's name of every backbone tensor that has to be loaded -> its name in the weights, shapes checked.
 
     A tensor that the config ties to another is loaded only if the weights have both with different values: transformers then
@@ -217,14 +234,15 @@ def _backbone(model: PreTrainedModel, weights: Weights, file: Path) -> dict[str,
             raise CheckpointError(f"{file.parent}: lacks the tensor {name}, which config.json asks for")
         _check_shape(weights, stored, tuple(tensor.shape))
         source = tied.get(name)
-        if source is None or (source in weights.tensors and not _equal(weights, name, source)):
+        if source is None or (source in weights.tensors and not _equal(weights, name, source, only_headers)):
             names[name] = stored
     return names
 
 
-def _equal(weights: Weights, name: str, other: str) -> bool:
+def _equal(weights: Weights, name: str, other: str, only_headers: bool) -> bool:
     a, b = weights.info(name), weights.info(other)
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(weights.read(name), weights.read(other))
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and (only_headers or torch.equal(weights.read(name), weights.read(other)))
 
 
 def _check_shape(weights: Weights, name: str, wanted: tuple[int, ...]) -> None:
@@ -233,9 +251,11 @@ def _check_shape(weights: Weights, name: str, wanted: tuple[int, ...]) -> None:
         raise CheckpointError(f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(wanted)}")
 
 
-def _router_tensors(model: nn.Module, layer: MoELayer) -> list[str]:
-    router = model.get_submodule(f"{layer.name}.router")
-    return [f"router.{name}" for name in router.state_dict()]
+def _router_tensors(model: PreTrainedModel, layer: MoELayer, backbone: dict[str, str]) -> list[str]:
+    """The weights' names of what tells one router from another: what beside the experts has a row for each."""
+    state = {n: t for n, t in model.get_submodule(layer.router).state_dict().items() if f"{layer.router}.{n}" in backbone}
+    rows = [name for name, tensor in state.items() if tensor.shape[:1] == (len(layer.experts),)]
+    return [backbone[f"{layer.router}.{name}"] for name in rows or state]
 
 
 def load_embedding(arena_path: Path, name: str) -> torch.Tensor:

@@ -18,8 +18,10 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 STATE, JOURNAL, PREDICTIONS, METRICS = "run.json", "journal.jsonl", "predictions.jsonl", "metrics.json"
-NOT_RESULTS = ("output_dir", "cluster", "train", "bench", "store.keep", "store.directory")
+NOT_RESULTS = ("output_dir", "cluster", "train", "bench", "plan", "store.keep", "store.backing", "store.directory")
 """Keys that may differ between a run and its resumption: they change no result."""
+PLANS = ("plan.json", "plan.png")
+"""May lie in any output directory: what is planned is run next, or was run before."""
 
 
 class OutputDir:
@@ -104,7 +106,7 @@ class OutputDir:
     def _check_config(self) -> None:
         state_path = self.path / STATE
         if not state_path.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / JOURNAL).exists():
+            if self.path.is_dir() and holds_more_than_plans(self.path) and not (self.path / JOURNAL).exists():
                 raise ConfigError(f"output_dir: {self.path} holds files that are not a run's; give another output_dir")
             return
         journal = self.path / JOURNAL
@@ -174,6 +176,11 @@ def check_writable(path: Path, key: str) -> None:
         raise ConfigError(f"{key}: {path.parent}: {error.strerror}") from None
     if not writable:
         raise ConfigError(f"{key}: {path.parent} cannot be written to")
+
+
+def holds_more_than_plans(path: Path) -> bool:
+    """Whether a directory holds anything but what `plan` writes, and hidden files of one who writes just now."""
+    return any(file.name not in PLANS and not file.name.startswith(".") for file in path.iterdir())
 
 
 def check_lasting(path: Path) -> None:

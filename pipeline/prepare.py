@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline import stand_ins
-from pipeline.config import Config
+from pipeline.config import Config, StoreConfig
 from pipeline.data import Batch, Row, make_batches, read_rows
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError, ModelError
@@ -75,8 +76,9 @@ class Prepared:
     def executor_spec(self, background: bool = True) -> ExecutorSpec:
         """Leaves one core to the Predictor if there is another."""
         threads = max(1, cores() - 1)
-        policy, top_t = self.config.store.policy, TOP_T if self.config.trace.save is not None else None
-        return ExecutorSpec(self.model, self.task, self.arena, self.slots, policy, self.device, threads, background, top_t=top_t)
+        store, top_t = self.config.store, TOP_T if self.config.trace.save is not None else None
+        spec = ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, self.device, threads, background)
+        return replace(spec, read_ahead=store.backing == "file", top_t=top_t)
 
     def predictor_spec(self, identity: str, made: Path | None = None) -> PredictorSpec:
         """
@@ -101,9 +103,7 @@ def prepare(config: Config) -> Prepared:
     device = choose_device(config.device)
     model, weights = describe(config.model, torch.device(device))
     layout = model.placement.layout(weights)
-    directory = Path(config.store.directory)
-    if not directory.is_dir():
-        raise SpaceError(f"store.directory: {directory}: no such directory")
+    directory = arena_directory(config.store, device)
     arena = model.placement.arena_path(weights, directory)
     in_memory = 0 if arena.exists() else layout.nbytes
     free = free_bytes(directory)
@@ -112,16 +112,13 @@ def prepare(config: Config) -> Prepared:
             f"store.directory: {directory}: the arena needs {layout.nbytes} bytes, {free} are free: {in_memory - free} bytes "
             "short; name a larger filesystem, or free some with `python runner.py clean`"
         )
-    if device == "cpu":
-        free = available_memory() - in_memory
-    else:
-        free = (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES
+    free = free_for_experts(device, layout, in_memory if config.store.backing == "shm" else 0)
     predictor_device = choose_predictor_device(config, device)
     plan, stand_in_bytes = planned_stand_ins(config, layout)
-    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, max(0, free))
+    slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, free)
     if predictor_device == "executor":  # all that stands for experts on the Executor's device counts
-        slots = slots_beside(stand_in_bytes, config.store.budget, layout, max(0, free))
-    tokenizer = _tokenizer(model.tokenizer)
+        slots = slots_beside(stand_in_bytes, config.store.budget, layout, free)
+    tokenizer = load_tokenizer(model.tokenizer)
     task = make_task(config, model, tokenizer)
     encoded, truncated = task.encode(tokenizer, rows, config.batch.max_tokens)
     largest = max(int(ids.max(initial=0)) for row in encoded for ids in row.streams)
@@ -172,6 +169,42 @@ def choose_device(wanted: str) -> str:
     return "cuda:0"
 
 
+def free_for_experts(device: str, layout: ArenaLayout, in_memory: int) -> int:
+    """Bytes on the device that a budget may take.
+
+    Args:
+        in_memory: bytes of RAM that the arena has still to take.
+    """
+    if device == "cpu":
+        return max(0, available_memory() - in_memory)
+    return max(0, (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES)
+
+
+def arena_directory(config: StoreConfig, device: str) -> Path:
+    """Where the arena goes; the default one on a disk is made.
+
+    Raises:
+        ConfigError: a file cannot back an arena here.
+        SpaceError: no such directory.
+    """
+    if config.backing == "file" and device != "cpu":
+        raise ConfigError(
+            "store.backing: file on a GPU needs the staged mode (copies through a pinned ring: registering a file would pin all of "
+            "it), which does not exist yet; write store.backing=shm, or device=cpu"
+        )
+    directory = config.arena_directory
+    if config.backing == "file" and Path(os.path.realpath(directory)).is_relative_to("/dev/shm"):
+        raise ConfigError(f"store.backing: file, but store.directory is {directory}, which is RAM; name a directory on a disk")
+    if config.directory is None and config.backing == "file":
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpaceError(f"store.directory: {directory}: {error.strerror}") from None
+    if not directory.is_dir():
+        raise SpaceError(f"store.directory: {directory}: no such directory")
+    return directory
+
+
 def check_predictor(prepared: Prepared) -> None:
     """
     Raises:
@@ -199,7 +232,11 @@ def own_predictor(prepared: Prepared, identity: str) -> HashPredictor:
     return make(prepared.predictor_spec(identity, made_stand_ins(prepared)), model)
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ModelError: no tokenizer there, or a damaged one.
+    """
     if not any((directory / name).exists() for name in TOKENIZER_FILES):  # transformers would make one that knows no word
         raise ModelError(f"{directory}: no usable tokenizer: holds none of {', '.join(TOKENIZER_FILES)}")
     try:

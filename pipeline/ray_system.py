@@ -32,7 +32,9 @@ class ThroughRay:
         batches = [replace(batch, index=self._next + i) for i, batch in enumerate(batches)]
         self._next += len(batches)
         start = time.perf_counter()
-        results = list(run_batches(self._actors, batches, "exact", self._slots, self._config.predictor.lookahead))
+        results = list(
+            run_batches(self._actors, ((batch, None) for batch in batches), "exact", self._slots, self._config.predictor.lookahead)
+        )
         seconds = time.perf_counter() - start
         stats = [result.stats for result in results]
         return Pass(seconds, [numbers(result.results) for result in results], [(s.end - s.start) / 1e6 for s in stats], stats)

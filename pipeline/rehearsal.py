@@ -6,17 +6,18 @@ Its tokens are grouped by expert and padded to the largest group, so that a laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.data import pad
-from pipeline.families import Family, Routing
 from pipeline.models import ModelSpec, build, load_embedding
+from pipeline.routing import Expert, Experts, Routing, are_probabilities
+from predictor.errors import PredictorError
 from predictor.matrices import Matrices
 from predictor.rehearsal import Rehearsed
 from predictor.stand_ins import StandIns
@@ -30,37 +31,36 @@ class Rehearsing:
 
     Attributes:
         real: per stream the positions of real tokens in the padded batch, int64 (tokens,).
-        said: what each router has said so far, of real tokens.
+        tokens: per stream how many there are with padding.
+        said: MoE layer -> what its router has said of real tokens.
     """
 
     real: tuple[torch.Tensor, ...] = ()
-    said: list[Routing] = field(default_factory=list)
+    tokens: tuple[int, ...] = ()
+    said: dict[int, Routing] = field(default_factory=dict)
 
 
-class StandInMoE(nn.Module):
-    """A MoE layer without its experts."""
+class StandInExperts:
+    """What stands for the experts of one MoE layer (pipeline.routing.Experts)."""
 
-    def __init__(self, family: Family, router: nn.Module, stream: int, parts: Mapping[str, Matrices], now: Rehearsing):
+    def __init__(self, layer: int, stream: int, expert: Expert, parts: Mapping[str, Matrices], now: Rehearsing):
         """
         Args:
             parts: stand-ins of the experts' tensors; none: the layer adds nothing.
         """
-        super().__init__()
-        self.router = router
-        self._family, self._stream, self._parts, self._now = family, stream, parts, now
+        self._layer, self._stream, self._expert = layer, stream, expert
+        self._parts, self._now = parts, now
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, d_model) -> the same; zero for padding and for tokens that the router drops."""
-        real = self._now.real[self._stream]
-        routing = self._family.route(self.router, hidden)
+    def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
+        real, routing = self._now.real[self._stream], route()
+        if len(hidden) != self._now.tokens[self._stream]:
+            raise _cannot(f"MoE layer {self._layer} is not given every token")
+        if routing.logits is None:
+            raise _cannot(f"the router of MoE layer {self._layer} does not hand out what it thinks of all experts")
         said = Routing(routing.experts[real], routing.weights[real], routing.chosen[real], routing.logits[real])
-        self._now.said.append(said)
-        if not self._parts:
-            return torch.zeros_like(hidden)
-        states = hidden.reshape(-1, hidden.shape[-1])
-        output = torch.zeros_like(states)
-        output = output.index_copy(0, real, self._run(states[real], said.experts, said.weights))
-        return output.reshape(hidden.shape)
+        self._now.said.setdefault(self._layer, said)
+        output = torch.zeros_like(hidden)
+        return output.index_copy(0, real, self._run(hidden[real], said.experts, said.weights)) if self._parts else output
 
     def _run(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -77,7 +77,7 @@ class StandInMoE(nn.Module):
         rows = by_expert // experts.shape[1]
         padded = tokens.new_zeros(len(used), int(counts.max()), tokens.shape[1]).index_put((group, place), tokens[rows])
         some = {part: matrices.of(used, tokens.dtype) for part, matrices in self._parts.items()}
-        results = self._family.apply(some, padded)[group, place] * weights.reshape(-1)[by_expert, None]
+        results = self._expert(some, padded)[group, place] * weights.reshape(-1)[by_expert, None]
         return torch.zeros_like(tokens).index_add(0, rows, results.to(tokens.dtype))
 
 
@@ -89,14 +89,15 @@ class Rehearser:
         Args:
             stand_ins: on that device.
         """
-        self._now, self._pad = Rehearsing(), spec.config["pad_token_id"] or 0
+        self._now, self._layers = Rehearsing(), spec.shape.layers
+        self._pad = getattr(spec.pretrained_config().get_text_config(), "pad_token_id", None) or 0
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside whatever else this process does there
 
-        def moe(family: Family, router: nn.Module, layer: int, stream: int) -> nn.Module:
-            return StandInMoE(family, router, stream, stand_ins.layers[layer], self._now)
+        def experts(layer: int, stream: int, expert: Expert) -> Experts:
+            return StandInExperts(layer, stream, expert, stand_ins.layers[layer], self._now)
 
-        self.model = build(spec, arena, moe, device)
+        self.model = build(spec, arena, experts, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # weights and stand-ins came on other streams
 
@@ -106,25 +107,43 @@ class Rehearser:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))  # stand-ins in training change on that one
         with torch.cuda.stream(self._stream):
             return [
-                Rehearsed(r.logits.float().cpu().numpy(), r.chosen.cpu().numpy(), r.weights.float().cpu().numpy())
+                Rehearsed(_logits(r).cpu().numpy(), r.chosen.cpu().numpy(), r.weights.float().cpu().numpy())
                 for r in self.route(tokens)
             ]
 
     def logits(self, tokens: TokenBatch) -> list[torch.Tensor]:
         """Per MoE layer (tokens, experts), on the device; with gradients, if the stand-ins have any."""
-        return [routing.logits for routing in self.route(tokens)]
+        return [_logits(routing) for routing in self.route(tokens)]
 
     def route(self, tokens: TokenBatch) -> list[Routing]:
-        """What every router says of real tokens, on the device."""
+        """What every router says of real tokens, on the device.
+
+        Raises:
+            PredictorError: a model that cannot be rehearsed.
+        """
         inputs: dict[str, torch.Tensor] = {}
         for stream, prefix in zip(range(len(tokens.streams)), ("", "decoder_"), strict=False):
             ids, mask = pad(tokens, stream, self._pad)
             inputs |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
         masks = [mask for name, mask in inputs.items() if name.endswith("attention_mask")]
         self._now.real = tuple(mask.reshape(-1).nonzero().squeeze(1).to(self._device) for mask in masks)
-        self._now.said = []
+        self._now.tokens, self._now.said = tuple(mask.numel() for mask in masks), {}
         _forward(self.model, {name: tensor.to(self._device) for name, tensor in inputs.items()})
-        return self._now.said
+        missing = sorted(set(range(self._layers)) - self._now.said.keys())
+        if missing:
+            raise _cannot(f"text does not reach MoE layer {missing[0]}")
+        return [self._now.said[layer] for layer in range(self._layers)]
+
+
+def _cannot(reason: str) -> PredictorError:
+    return PredictorError(f"predictor.kind: rehearsal cannot predict this model: {reason}; name another kind")
+
+
+def _logits(routing: Routing) -> torch.Tensor:
+    """float32 (tokens, experts); some routers hand out probabilities instead."""
+    assert routing.logits is not None, "what has none is not said"
+    scores = routing.logits.float()
+    return scores.clamp(min=1e-9).log() if are_probabilities(scores) else scores
 
 
 def _forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
@@ -155,10 +174,17 @@ class ArenaModel:
         return load_embedding(self.arena, self.spec.embedding)
 
     def rehearser(self, stand_ins: StandIns, device: str) -> Rehearser:
-        """On a CPU it reads the arena's pages, but has no lock on it: a predictor must not keep an arena from being removed."""
+        """On a CPU it reads the arena's pages, but has no lock on it: a predictor must not keep an arena from being removed.
+
+        Raises:
+            PredictorError: the model cannot be rehearsed.
+        """
         arena = self.attached or Arena.attach(self.arena)
         assert arena is not None, self.arena
         rehearser = Rehearser(self.spec, arena, stand_ins.to(torch.device(device)), torch.device(device))
+        one = np.zeros(1, dtype=np.int64)
+        with torch.no_grad():  # a model that cannot be rehearsed says so now
+            rehearser.route(TokenBatch(((one,),) * (1 + max(self.spec.shape.streams))))
         if self.attached is None:
             arena.close()  # what is mapped stays
         return rehearser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from ray.exceptions import RayError
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, run_batches, start_store
+from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
+from pipeline.generate import Generate
 from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
 from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
+from pipeline.regroup import Grouping, Regrouping
 from pipeline.report import report
+from pipeline.speaker import Speaker
 from pipeline.timeline import timeline
 from pipeline.watch import Watch
+from predictor.actor import Prediction
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -39,7 +44,9 @@ def run(config: Config) -> dict[str, Any]:
         check_writable(Path(config.trace.save), "trace.save")
     output = OutputDir(config)
     try:
-        entries = output.unfinished(prepared.identity)
+        journal = output.unfinished(prepared.identity)
+        entries = [entry for entry in journal if "batch" in entry]
+        groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
@@ -53,11 +60,11 @@ def run(config: Config) -> dict[str, Any]:
                 if not entries:
                     output.start_anew(prepared.identity)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, watch)
+                entries = _execute(actors, prepared, output, entries, groupings, watch)
                 actors.finish()
             finally:
                 _stop(store, actors, config.store.keep)
-        watch.finish()
+        watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
         for name, text in _pictures(prepared, entries, metrics).items():
@@ -91,9 +98,14 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
 
 
 def _execute(
-    actors: Actors, prepared: Prepared, output: OutputDir, entries: list[dict[str, Any]], watch: Watch
+    actors: Actors,
+    prepared: Prepared,
+    output: OutputDir,
+    entries: list[dict[str, Any]],
+    groupings: dict[int, Grouping],
+    watch: Watch,
 ) -> list[dict[str, Any]]:
-    """Runs the batches that the journal does not have yet; returns all of the journal's entries.
+    """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
     Under hash routing a second pass asks the model's own routers, to say how far the answers are from exact.
     """
@@ -102,17 +114,28 @@ def _execute(
     if config.routing == "hash":
         passes.append(("exact", [Batch(b.index + len(batches), b.rows, b.tokens, b.targets) for b in batches]))
     done = {entry["batch"] for entry in entries}
+
+    def decided(window: int, rows: Grouping) -> None:
+        output.add({"window": window, "rows": rows})
+
     predictions = InOrder(output.path / PREDICTIONS)
     for entry in entries:
         if entry["batch"] < len(batches):
             predictions.add(entry["results"])
     for number, (routing, todo) in enumerate(passes):
         left = [batch for batch in todo if batch.index not in done]
+        work: Iterable[tuple[Batch, Prediction | None]] = ((batch, None) for batch in left)
+        if config.batch.order == "overlap":
+            work = overlapping(actors, todo, Regrouping(config.batch, prepared.model.shape, routing), done, groupings, decided)
         label = f"{routing} routing" if number == 0 else "exact routing, to compare"
         with bar(label, len(prepared.rows)) as shown:
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
-            for item in run_batches(actors, left, routing, prepared.slots, config.predictor.lookahead):
+            speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
+            listen = speaker.listen if speaker is not None else None
+            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+                if speaker is not None:
+                    speaker.finish(item.results)
                 now = time.perf_counter()
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
@@ -199,8 +222,15 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
         f"of {_mb(metrics['expert_bytes']['total'])}"
     )
     _say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
-    if metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]:
+    never = metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]
+    if never and metrics["prediction"]["kind"] != "none":
         _say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
+    if "new_tokens" in metrics:
+        each = metrics["ms_per_token"] or {"p50": 0.0}
+        _say(
+            f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
+            f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
+        )
     if metrics["executor_restarts"]:
         _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
     if metrics["prediction"]["top1"] is not None:

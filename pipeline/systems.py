@@ -10,7 +10,9 @@ import difflib
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
@@ -21,7 +23,8 @@ from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError
-from pipeline.executor import Executor
+from pipeline.executor import BatchResult, Executor
+from pipeline.static_gating import static_model
 from pipeline.whole import Pass, Transformers, numbers, whole_model
 from pipeline.window import Window
 from pipeline.workload import Combination, Workload, mapped
@@ -40,26 +43,32 @@ class Running(Protocol):
 class InProcess:
     """This project's Executor called directly, tables as far ahead as the window says: the driver's loop without actors."""
 
-    def __init__(self, workload: Workload, given: Combination, spec: ExecutorSpec, routing: str = "exact"):
-        self._workload, self._predictor, self._routing = workload, given.predictor, routing
+    def __init__(self, workload: Workload, given: Combination, spec: ExecutorSpec, routing: str = "exact", goes_on: bool = True):
+        """
+        Args:
+            goes_on: the tables of the next round's first batches are known when a round ends, as those of the next inputs are
+                under steady load; otherwise, as at the end of a run, there is nothing to look ahead to.
+        """
+        self._workload, self._predictor, self._routing, self._goes_on = workload, given.predictor, routing, goes_on
         self._executor = Executor(spec)
         self._executor.ready()
         self._window = Window(spec.slots, workload.prepared.config.predictor.lookahead)
-        self._planned: dict[int, Prediction] = {}
-        self._next = self._to_plan = 0
+        self._next = self._planned = 0  # batches are numbered on from round to round
 
     def run(self, batches: list[Batch]) -> Pass:
-        first, count = self._next, len(batches)
-        self._next += count
+        waiting, under_way = deque(batches), deque[Future[BatchResult]]()
         outputs, times, stats = [], [], []
-        start = time.perf_counter()
-        for number in range(first, first + count):
-            began = time.perf_counter()
-            self._plan(batches, min(first + count, number + 1 + self._window.lookahead))
-            batch = replace(batches[number % count], index=number)
-            result = self._executor.execute(batch, self._planned.pop(number, None), self._routing)
+        start = last = time.perf_counter()
+        while waiting or under_way:
+            while waiting and len(under_way) <= self._window.lookahead:
+                under_way.append(self._submit(waiting.popleft()))
+            if self._goes_on:
+                self._plan_on(batches, self._window.lookahead + 1 - len(under_way))
+            result = under_way.popleft().result()
+            now = time.perf_counter()
             self._window.saw(result.stats.predicted_uses)
-            times.append((time.perf_counter() - began) * 1e3)
+            times.append((now - last) * 1e3)
+            last = now
             outputs.append(numbers(result.results))
             stats.append(result.stats)
         return Pass(time.perf_counter() - start, outputs, times, stats)
@@ -67,13 +76,20 @@ class InProcess:
     def close(self) -> None:
         self._executor.close()
 
-    def _plan(self, batches: list[Batch], end: int) -> None:
-        """Plans all batches before `end`, a number that goes on from round to round."""
-        while self._predictor is not None and self._to_plan < end:
-            table = _handed_over(self._workload.table(self._predictor, batches[self._to_plan % len(batches)]))
-            self._executor.plan(self._to_plan, table, self._routing)
-            self._planned[self._to_plan] = table
-            self._to_plan += 1
+    def _submit(self, batch: Batch) -> Future[BatchResult]:
+        number, self._next = self._next, self._next + 1
+        return self._executor.submit(replace(batch, index=number), self._table(batch), self._routing)
+
+    def _plan_on(self, batches: list[Batch], count: int) -> None:
+        """Tells the Executor of the next round's first batches."""
+        for number in range(max(self._next, self._planned), self._next + count):
+            table = self._table(batches[number % len(batches)])
+            if table is not None:
+                self._executor.plan(number, table, self._routing)
+            self._planned = number + 1
+
+    def _table(self, batch: Batch) -> Prediction | None:
+        return None if self._predictor is None else _handed_over(self._workload.table(self._predictor, batch))
 
 
 def _handed_over(prediction: Prediction) -> Prediction:
@@ -118,6 +134,13 @@ class Accelerate(Transformers):
     def close(self) -> None:
         super().close()
         cuda.unregister(self._registered.data_ptr())
+
+
+def _static_gating(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device(workload.prepared.device)
+    with mapped(prepared) as arena:
+        model = static_model(prepared.model, arena, prepared.config.bench.capacity, device)
+        return Transformers(model, prepared.task, device)
 
 
 def _ray(workload: Workload, given: Combination) -> Running:
@@ -165,12 +188,13 @@ def _lstm(workload: Workload) -> list[str]:
 SYSTEMS: dict[str, Kind] = {
     "transformers": Kind(_transformers, has_budget=False),
     "cpu": Kind(_cpu, has_budget=False),
+    "static-gating": Kind(_static_gating, has_budget=False),
     "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
     "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
     "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
     "on-demand": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lru", demand=True)), needs_gpu=True),
     "paper": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="fifo"), "hash"), predictors=_lstm),
-    "in_process": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), threads=1)), predictors=_oracle),
+    "in_process": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), threads=1), goes_on=False), predictors=_oracle),
     "ray": Kind(_ray, predictors=_oracle),
 }
 """By their names in `bench.systems`."""
@@ -183,6 +207,8 @@ def check_systems(config: Config, device: str) -> None:
     """
     if not config.bench.systems:
         raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
+    if config.batch.order == "overlap":
+        raise ConfigError("batch.order: 'overlap' needs tables before there are batches; a bench has input or length")
     for name in config.bench.systems:
         if name not in SYSTEMS:
             near = difflib.get_close_matches(name, SYSTEMS, n=1)

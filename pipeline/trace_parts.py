@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from predictor import traces
 from predictor.tokens import RoutingShape
 from predictor.traces import Trace
@@ -21,10 +23,15 @@ class TraceParts:
     def add(self, batch: int, trace: Trace) -> None:
         traces.save(trace, self._part(batch), self._shape, self._identity)
 
-    def finish(self, batches: list[int], path: Path) -> None:
-        """Joins the batches' traces in that order."""
+    def finish(self, batches: dict[int, list[int]], path: Path) -> None:
+        """Joins the batches' traces in the order of the input: whoever plays it again cuts batches of its own.
+
+        Args:
+            batches: each one's rows, by their numbers in the input.
+        """
         parts = [traces.load(self._part(batch), self._shape, self._identity) for batch in batches]
-        traces.save(traces.join(parts), path, self._shape, self._identity)
+        order = np.argsort(np.concatenate([np.array(rows) for rows in batches.values()]))
+        traces.save(traces.select(traces.join(parts), order, self._shape), path, self._shape, self._identity)
         shutil.rmtree(self._directory)
 
     def _part(self, batch: int) -> Path:

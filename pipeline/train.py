@@ -52,6 +52,8 @@ def train(config: Config) -> Accuracy:
     """
     if config.predictor.kind not in TRAINED:
         raise ConfigError(f"predictor.kind: {config.predictor.kind} is not trained; trained are {', '.join(TRAINED)}")
+    if config.task == "generate":
+        raise ConfigError("task: train traces one forward per batch; write `task: score`, the predictor then serves both")
     if config.predictor.path is None:
         raise ConfigError("predictor.path: train needs to know where to write")
     path = Path(config.predictor.path)
@@ -79,6 +81,9 @@ def _trace(prepared: Prepared, arena: Arena) -> traces.Trace:
     trace = record(prepared) if config.load is None else traces.load(Path(config.load), shape, arena.identity)
     if trace.tokens.size < 2 and prepared.config.predictor.kind != "oracle":
         raise DataError(f"{config.load}: holds one row; training needs two or more, some of them held out")
+    if config.load is None and (config.save is not None or prepared.config.predictor.kind == "oracle"):
+        # What is kept is in the order of the input: whoever plays it again cuts batches of its own.
+        trace = traces.select(trace, np.argsort(np.concatenate([batch.rows for batch in prepared.batches])), shape)
     if config.save is not None:
         traces.save(trace, Path(config.save), shape, arena.identity)
         print(f"saved the trace: {config.save}")

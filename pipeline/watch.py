@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,7 +36,12 @@ class Watch:
             if self.drifted is not None:
                 tqdm.write(self.drifted)
 
-    def finish(self) -> None:
+    def finish(self, entries: list[dict[str, Any]]) -> None:
+        """
+        Args:
+            entries: the journal's, of all batches.
+        """
         if self._trace is not None:
-            self._trace.finish(list(range(self._first, self._first + self._batches)), self._path)
+            rows = {entry["batch"]: [result["index"] for result in entry["results"]] for entry in entries}
+            self._trace.finish({batch: rows[batch] for batch in range(self._first, self._first + self._batches)}, self._path)
             print(f"saved the trace: {self._path}", flush=True)

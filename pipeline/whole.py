@@ -13,10 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.data import Batch
+from pipeline.door import stacked
+from pipeline.empty import assign, on_meta
 from pipeline.executor import BatchStats
-from pipeline.models import ModelSpec, assign, on_meta
+from pipeline.models import ModelSpec
 from pipeline.tasks import Task
-from store.layout import ArenaLayout
+from store.layout import ArenaLayout, torch_dtype
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Pass:
 
     Attributes:
         outputs: per batch the task's, (batch, ...).
-        batch_ms: per batch, from its call to its answer.
+        batch_ms: per batch, from the answer before, or from the beginning, to its own.
         stats: of this project's own systems.
     """
 
@@ -55,13 +57,20 @@ def whole_model(
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     weights = {part.name: moved(part.view(memory)) for part in layout.backbone}
+    model = on_meta(spec.pretrained_config(), spec.architecture, str(spec.source), torch_dtype(spec.dtype))
+    in_one, known = stacked(model), model.state_dict().keys()
     for layer, experts in zip(layout.layers, spec.placement.experts, strict=True):
+        for part in layer.block.parts:
+            name = experts[0][part.name].removesuffix("[0]")
+            if name in in_one:  # a 3-D parameter: every expert's part, a block apart
+                first = part.view(memory[layer.offset : layer.offset + layer.block.nbytes])
+                strides = (layer.block.nbytes // first.itemsize, *first.stride())
+                weights[name] = moved(first.as_strided((layer.experts, *first.shape), strides))
         for expert, names in enumerate(experts):
             start = layer.expert_offset(expert)
             views = layer.block.views(memory[start : start + layer.block.nbytes])
-            weights |= {names[part]: moved(view) for part, view in views.items()}
-    model = on_meta(spec.pretrained_config(), spec.architecture, str(spec.source))
-    assign(model, weights)
+            weights |= {names[part]: moved(view) for part, view in views.items() if names[part] in known}
+    assign(model, weights, device)
     return model
 
 

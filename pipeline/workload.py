@@ -95,7 +95,7 @@ class Workload:
 
 def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workload:
     """Records the routing of every batch as it is served, makes tables, and asks transformers in float32."""
-    recorded = _trace(prepared)
+    recorded = record_batches(prepared)
     config, shape = prepared.config, prepared.model.shape
     trace = traces.join(recorded)
     oracle = Oracle(trace, shape, shape.top_k)
@@ -107,12 +107,13 @@ def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workl
     if config.predictor.path is not None or config.predictor.kind == "rehearsal":
         makers[config.predictor.kind] = own_predictor(prepared, arena.identity)
     tables = {name: [timed(maker, batch.tokens) for batch in prepared.batches] for name, maker in makers.items()}
-    uses = [_uses(trace, shape.top_k) for trace in recorded]
+    uses = [experts_used(trace, shape.top_k) for trace in recorded]
     recall = {name: _recall([t.table for t in made], uses) for name, made in tables.items()}
     return Workload(prepared, arena, path, tables, recall, _reference(prepared), [layer for batch in uses for layer in batch])
 
 
-def _trace(prepared: Prepared) -> list[Trace]:
+def record_batches(prepared: Prepared) -> list[Trace]:
+    """The routing of every batch, as it is served; the arena must stand."""
     executor = Executor(replace(prepared.executor_spec(), slots=0))
     recorded = []
     with bar(f"recording batches of {prepared.config.batch.size}", len(prepared.batches)) as shown:
@@ -123,7 +124,8 @@ def _trace(prepared: Prepared) -> list[Trace]:
     return recorded
 
 
-def _uses(trace: Trace, top_k: int) -> list[list[Key]]:
+def experts_used(trace: Trace, top_k: int) -> list[list[Key]]:
+    """Of one batch: per MoE layer the experts that it reads, ascending."""
     return [[(i, int(e)) for e in np.unique(layer.top[:, :top_k])] for i, layer in enumerate(trace.layers)]
 
 

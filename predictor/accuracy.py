@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
@@ -47,9 +48,10 @@ def compare(table: HashTable, truth: list[np.ndarray]) -> Accuracy:
         truth: per MoE layer the router's first choice, int (tokens,).
     """
     accuracy = Accuracy()
-    for experts, true in zip(table.experts, truth, strict=True):
-        right = experts == true[:, None]
-        accuracy.top1.append(int(right[:, :1].any(axis=1).sum()))
-        accuracy.top3.append(int(right[:, :3].any(axis=1).sum()))
-        accuracy.tokens.append(len(true))
+    for _, layers in groupby(zip(table.experts, truth, strict=True), key=lambda layer: layer[0].shape):  # of one stream
+        experts, true = (np.stack(parts) for parts in zip(*layers, strict=True))  # (layers, tokens, top_k), (layers, tokens)
+        right = experts == true[:, :, None]
+        accuracy.top1 += right[:, :, 0].sum(axis=1).tolist()
+        accuracy.top3 += right[:, :, :3].any(axis=2).sum(axis=1).tolist()
+        accuracy.tokens += [true.shape[1]] * len(true)
     return accuracy

@@ -5,10 +5,13 @@ Made by a predictor several batches ahead. Under exact routing it is a hint; und
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
+from predictor.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,34 @@ class HashTable:
     def expected_uses(self, routing: str) -> float:
         """Distinct (MoE layer, expert) pairs that the batch is expected to ask of the store."""
         return sum(p for layer in self.uses_under(routing) for _, p in layer)
+
+
+def split(table: HashTable, tokens: TokenBatch, streams: Sequence[int]) -> list[HashTable]:
+    """The table of each row of a batch.
+
+    Args:
+        tokens: the batch that the table is of.
+        streams: for each MoE layer the stream whose tokens it routes.
+    """
+    ends = [np.cumsum(lengths)[:-1] for lengths in tokens.lengths]
+    fields = [
+        [np.split(part, ends[stream]) for part, stream in zip(parts, streams, strict=True)]  # [MoE layer][row]
+        for parts in (table.experts, table.probability, table.scaling)
+    ]
+    return [HashTable(*(tuple(layer[row] for layer in field) for field in fields)) for row in range(tokens.size)]
+
+
+def join(tables: Sequence[HashTable]) -> HashTable:
+    """One table of several rows or batches, in the order given: what `split` took apart. They may be of different widths."""
+    fields = (("experts", -1), ("probability", 0), ("scaling", 0))
+    layers = ([_stacked(parts, none) for parts in zip(*(getattr(t, name) for t in tables), strict=True)] for name, none in fields)
+    return HashTable(*map(tuple, layers))
+
+
+def _stacked(parts: Sequence[np.ndarray], none: int) -> np.ndarray:
+    """One array of several, (tokens, width) each; what is missing in the narrower is `none`."""
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=none) for part in parts])
 
 
 def _uses(experts: np.ndarray, probability: np.ndarray) -> tuple[tuple[int, float], ...]:

@@ -22,6 +22,9 @@ STEPS_TRIED = 48
 """Widths of a quantiser's step that are tried, for the one of least squared error."""
 
 
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Matrices(Protocol):
     """A stand-in for each expert's matrix."""
 
@@ -33,10 +36,19 @@ class Matrices(Protocol):
 
 
 class Grouped:
-    """Matrices of several experts as one weight: `linear` calls `multiply` for them."""
+    """Matrices of several experts as one weight: `linear` calls `multiply` for them, and of `T` the other one."""
 
-    def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor]):
-        self._multiply = multiply
+    def __init__(self, dtype: torch.dtype, multiply: Multiply, transposed: Multiply):
+        """
+        Args:
+            multiply, transposed: (used, tokens, in) -> (used, tokens, out), and the other way round.
+        """
+        self.dtype = dtype
+        self._multiply, self._transposed = multiply, transposed
+
+    @property
+    def T(self) -> Grouped:
+        return Grouped(self.dtype, self._transposed, self._multiply)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -80,8 +92,12 @@ class LowRank:
         return experts * rank * sum(shape) * FLOAT.itemsize
 
     def of(self, experts: torch.Tensor, dtype: torch.dtype) -> Grouped:
-        down, up = (self.tensors[name][experts].to(dtype).transpose(1, 2) for name in ("down", "up"))
-        return Grouped(lambda tokens: torch.bmm(torch.bmm(tokens, down), up))
+        down, up = (self.tensors[name][experts].to(dtype) for name in ("down", "up"))
+
+        def multiply(tokens: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(torch.bmm(tokens, down.transpose(1, 2)), up.transpose(1, 2))
+
+        return Grouped(dtype, multiply, lambda tokens: torch.bmm(torch.bmm(tokens, up), down))
 
 
 class Quantised:
@@ -119,7 +135,12 @@ class Quantised:
         shifts = torch.arange(0, 8, self._bits, dtype=torch.uint8, device=packed.device)
         codes = (packed[..., None] >> shifts) & (2**self._bits - 1)  # (used, out, bytes, codes in a byte)
         centred = codes.flatten(2).to(dtype) - (2**self._bits - 1) / 2
-        return Grouped(lambda tokens: torch.bmm(tokens, centred.transpose(1, 2)) * steps.transpose(1, 2))
+        across = steps.transpose(1, 2)
+
+        def multiply(tokens: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(tokens, centred.transpose(1, 2)) * across
+
+        return Grouped(dtype, multiply, lambda tokens: torch.bmm(tokens * across, centred))
 
 
 def _codes(whole: torch.Tensor, step: torch.Tensor, middle: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from predictor.calibration import Calibration
 from predictor.errors import PredictorError
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import HashTable, Width
+from predictor.nobody import Nobody
 from predictor.rehearsal import Rehearsal, Rehearse
 from predictor.stand_ins import StandIns
 from predictor.token_table import TokenTable
@@ -166,6 +167,10 @@ def _make_random(spec: PredictorSpec, model: Model) -> HashPredictor:
     return Random(spec.shape, spec.top_k, spec.seed)
 
 
+def _make_nobody(spec: PredictorSpec, model: Model) -> HashPredictor:
+    return Nobody(spec.shape)
+
+
 def _path(spec: PredictorSpec) -> Path:
     if spec.path is None:
         raise PredictorError(
@@ -180,6 +185,7 @@ KINDS: dict[str, Loader] = {
     "rehearsal": _load_rehearsal,
     "oracle": _load_oracle,
     "random": _make_random,
+    "none": _make_nobody,
 }
 TRAINED = ("lstm", "token_table", "rehearsal")
 FILE_KINDS = {"rehearsal": "stand_ins"}

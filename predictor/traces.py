@@ -84,22 +84,31 @@ def save(trace: Trace, path: Path, shape: RoutingShape, identity: str) -> None:
     save_atomically(tensors, path, metadata)
 
 
-def load(path: Path, shape: RoutingShape, identity: str) -> Trace:
+def load(path: Path, shape: RoutingShape, identity: str | None) -> Trace:
     """Reads a trace of this very model.
 
+    Args:
+        identity: of the model's routers; None: a model whose weights were not read, only its shape is compared.
+
     Raises:
-        PredictorError: no such file, damaged, or recorded from another model or one of another number of MoE layers.
+        PredictorError: no such file, damaged, or recorded from another model.
     """
-    tensors, _ = load_checked(path, "trace", identity)
-    layers = sum(name.startswith("top.") for name in tensors)
-    if layers != len(shape.experts):
-        raise PredictorError(f"{path}: a trace of {layers} MoE layers, the model has {len(shape.experts)}; record a new one")
+    tensors, metadata = load_checked(path, "trace", identity)
+    theirs, ours = json.loads(metadata["shape"]), json.loads(json.dumps(vars(shape)))
+    if theirs != ours:
+        key = next(key for key in ours if theirs.get(key) != ours[key])
+        raise PredictorError(
+            f"{path}: recorded from another model: its {key} is {theirs.get(key)}, this model's is {ours[key]}; "
+            "record one with `python runner.py train CONFIG predictor.kind=oracle predictor.path=FILE`"
+        )
     streams = []
     for s in range(1 + max(shape.streams)):
         ends = np.cumsum(tensors[f"lengths.{s}"])[:-1]
         streams.append(tuple(np.split(tensors[f"ids.{s}"].astype(np.int64), ends)))
-    decisions = tuple(LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"]) for i in range(layers))
-    return Trace(TokenBatch(tuple(streams)), decisions)
+    layers = tuple(
+        LayerTrace(tensors[f"top.{i}"], tensors[f"probabilities.{i}"], tensors[f"weight.{i}"]) for i in range(shape.layers)
+    )
+    return Trace(TokenBatch(tuple(streams)), layers)
 
 
 def save_atomically(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
@@ -113,8 +122,11 @@ def save_atomically(tensors: dict[str, np.ndarray], path: Path, metadata: dict[s
         beside.unlink(missing_ok=True)
 
 
-def load_checked(path: Path, kind: str, identity: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def load_checked(path: Path, kind: str, identity: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a file that `save_atomically` wrote.
+
+    Args:
+        identity: None: not compared.
 
     Raises:
         PredictorError: no such file, damaged, of another kind, or of a model with other routers.
@@ -130,7 +142,7 @@ def load_checked(path: Path, kind: str, identity: str) -> tuple[dict[str, np.nda
     if metadata.get("kind") != kind:
         found = metadata.get("kind", "something else")
         raise PredictorError(f"{path}: holds a {found}, the config asks for a {kind}; set predictor.kind or predictor.path")
-    if metadata.get("identity") != identity:
+    if identity is not None and metadata.get("identity") != identity:
         raise PredictorError(
             f"{path}: made for another model (its routers are {metadata.get('identity')}, this model's are {identity}); "
             "train one for this model with `python runner.py train CONFIG`"

@@ -1,5 +1,7 @@
 """The arena: one named file of shared memory per model and machine, which outlives whoever dies.
 
+On a disk (`store.backing: file`) it is the same file: mapped, so that the kernel keeps of it what fits the RAM, and reads the rest.
+
 A plain file `sida-UID-FINGERPRINT` in the store's directory (/dev/shm unless configured), mapped read-only by everybody but
 its builder. Not multiprocessing.shared_memory: its resource tracker unlinks a segment when an attached process is killed.
 
@@ -54,7 +56,8 @@ class Arena:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch cannot mark a tensor read-only; ours never are written
             everything = torch.frombuffer(mapped, dtype=torch.uint8)
-        self.memory = everything[header["data_offset"] :]
+        self._data_offset: int = header["data_offset"]
+        self.memory = everything[self._data_offset :]
         """All data as uint8, (layout.nbytes,), read-only: a write would end the process."""
 
     @classmethod
@@ -75,6 +78,13 @@ class Arena:
         layout = self.layout.layers[layer]
         offset = layout.expert_offset(expert)
         return self.memory[offset : offset + layout.block.nbytes]
+
+    def read_ahead(self, layer: int, expert: int) -> None:
+        """Asks the kernel to bring an expert's pages from the disk; returns before they are there. Nothing to do in /dev/shm."""
+        layout = self.layout.layers[layer]
+        if self._fd is not None:
+            start = self._data_offset + layout.expert_offset(expert)
+            os.posix_fadvise(self._fd, start, layout.block.nbytes, os.POSIX_FADV_WILLNEED)
 
     def backbone(self) -> dict[str, torch.Tensor]:
         """All that is not an expert, by the model's own names, as read-only views."""

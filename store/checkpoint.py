@@ -28,6 +28,7 @@ SAMPLE_BYTES = 256
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -145,13 +146,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: has no tensor {name}")
         return self.tensors[name]
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
+    def read_into(self, name: str, out: torch.Tensor, row: int | None = None, finite: bool = True) -> None:
         """Reads one tensor into `out`, contiguous and of the tensor's own shape, converting to `out`'s dtype.
+
+        Args:
+            row: read only this index of the first dimension; `out` then has the shape of the others.
+            finite: refuse NaN and infinite values.
 
         Raises:
             CheckpointError: the shapes differ, the file ends early, or a value is NaN or infinite.
         """
-        info = self.info(name)
+        info = self.info(name) if row is None else _row(self.info(name), row)
         if tuple(out.shape) != info.shape:
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(out.shape)}"
@@ -162,7 +167,7 @@ class Checkpoint:
             raw = torch.empty(info.shape, dtype=info.dtype)
             _read_exactly(info, name, raw)
             out.copy_(raw)
-        if out.is_floating_point() and out.numel():
+        if finite and out.is_floating_point() and out.numel() and out.dtype.itemsize > 1:  # torch compares no 8-bit floats
             low, high = torch.aminmax(out)  # NaN spreads into both; no temporary of the tensor's size
             if not (math.isfinite(low.item()) and math.isfinite(high.item())):
                 raise CheckpointError(
@@ -185,6 +190,12 @@ class Checkpoint:
         out = torch.empty(info.shape, dtype=info.dtype)
         self.read_into(name, out)
         return out
+
+
+def _row(info: StoredTensor, row: int) -> StoredTensor:
+    """One index of a tensor's first dimension, as a tensor of its own."""
+    nbytes = info.nbytes // info.shape[0]
+    return StoredTensor(info.file, info.shape[1:], info.dtype, info.offset + row * nbytes)
 
 
 def _read_exactly(info: StoredTensor, name: str, out: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """The copy engine of a CPU: brings predicted experts into slots, in the order in which layers will need them, while others compute.
 
-What comes next and who goes for it, schedule.py decides; here are the copies, and the forwards that read. What a forward needs and
-nobody predicted is read in place, from the arena: a wrong prediction costs time, never correctness.
+What comes next and who goes for it, schedule.py and just_in_time.py decide; here are the copies, and the forwards that read. What
+a forward needs and nobody predicted is read in place, from the arena: a wrong prediction costs time, never correctness.
 
 `background=True` copies on a thread of its own. `background=False` copies inside `plan` and `reading`, in the same order: the
 same experts move every time, for tests and for simulations.
@@ -20,12 +20,12 @@ import torch
 
 from store.arena import Arena
 from store.eviction import Policy
+from store.just_in_time import JustInTime
 from store.layout import Key
-from store.schedule import Schedule
 from store.slots import Slots
 
 
-class CopyEngine(Schedule):
+class CopyEngine(JustInTime):
     """Moves experts from the arena into slots, ahead of the forwards that read them."""
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, background: bool = True):
@@ -58,7 +58,7 @@ class CopyEngine(Schedule):
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
-            for key in pinned:
+            for key in keys:
                 self._policy.used(key)
             held = set(pinned)
             weights = [self.slots.weights(key, in_slot=key in held) for key in keys]

@@ -9,8 +9,10 @@ be current: torch has made one by `torch.cuda.init()` and a first allocation.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_size_t, c_uint64, c_void_p
+from collections import defaultdict
+from ctypes import c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
+from typing import Any, ClassVar
 
 READ_ONLY = 0x08
 PORTABLE = 0x01
@@ -30,7 +32,7 @@ def context() -> int:
 
 def use(context: int) -> None:
     """Makes a context this thread's own: a new thread has none."""
-    _call("cuCtxSetCurrent", c_void_p(context))
+    _call("cuCtxSetCurrent", context)
 
 
 def register(address: int, nbytes: int, device: int, read_only: bool = True) -> int:
@@ -66,26 +68,34 @@ def unregister(address: int) -> None:
 
 def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     """From host memory, in the stream's order. Returns at once if the memory is registered or pinned."""
-    _call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(nbytes), c_void_p(stream))
+    _call("cuMemcpyHtoDAsync_v2", target, source, nbytes, stream)
 
 
 def store(target: int, value: int, stream: int) -> None:
     """One aligned 8-byte store to device memory, in the stream's order and after all that came before it in the stream."""
-    _call("cuStreamWriteValue64_v2", c_void_p(stream), c_uint64(target), c_uint64(value), 0)
+    _call("cuStreamWriteValue64_v2", stream, target, value, 0)
 
 
 def wait(stream: int, event: Event) -> None:
     """What is given to the stream from now on waits for the event."""
-    _call("cuStreamWaitEvent", c_void_p(stream), event.handle, 0)
+    _call("cuStreamWaitEvent", stream, event.handle, 0)
 
 
 class Event:
     """A point in a stream, recorded when it is made."""
 
+    _spare: ClassVar[defaultdict[int, list[c_void_p]]] = defaultdict(list)
+    """By stream, what was made for events that are gone: to make one and to destroy it takes longer than all else with it."""
+
     def __init__(self, stream: int):
-        self.handle = c_void_p()
-        _call("cuEventCreate", ctypes.byref(self.handle), 0)
-        _call("cuEventRecord", self.handle, c_void_p(stream))
+        self._stream = stream
+        spare = self._spare[stream]
+        if spare:
+            self.handle = spare.pop()
+        else:
+            self.handle = c_void_p()
+            _call("cuEventCreate", ctypes.byref(self.handle), 0)
+        _call("cuEventRecord", self.handle, stream)
 
     def synchronize(self) -> None:
         """Blocks this thread, and no other, until the point is reached."""
@@ -99,7 +109,17 @@ class Event:
 
     def __del__(self) -> None:
         if self.handle:
-            _quick().cuEventDestroy_v2(self.handle)
+            self._spare[self._stream].append(self.handle)
+
+
+_ARGUMENTS = {
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuStreamWriteValue64_v2": (c_void_p, c_uint64, c_uint64, c_uint),
+}
+"""Of the calls that are made for every expert: once these are known, plain integers need no wrapping."""
 
 
 @cache
@@ -118,8 +138,15 @@ def _quick() -> ctypes.PyDLL:
     return ctypes.PyDLL("libcuda.so.1")
 
 
+@cache
+def _function(name: str) -> Any:
+    function = getattr(_quick(), name)
+    function.argtypes = _ARGUMENTS.get(name)
+    return function
+
+
 def _call(name: str, *arguments: object) -> None:
-    _check(name, getattr(_quick(), name)(*arguments))
+    _check(name, _function(name)(*arguments))
 
 
 def _check(name: str, status: int) -> None:

@@ -7,8 +7,12 @@ A forward does not ask for experts: its kernels follow the pointer table, into a
 (`counted`). What it does ask, before a MoE layer, is to be held until the experts that the tables promised are there (`stage`):
 the same bytes must not cross the link twice.
 
-From `stage` to `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal between
-the one that reads the entries and the last that reads the slots would come too early for those behind it.
+A layer may want more experts than the slots can take at once. Then it is computed in parts: as soon as some are there, the tokens
+of those are computed (`read`), which makes room for the next, while the link goes on. Reading in place, at nine tenths of the
+link's speed and with the copy lane waiting, is left for what no table named.
+
+From `stage` to `read` or `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal
+between the one that reads the entries and the last that reads the slots would come too early for those behind it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ DEPTH = 8
 """Copies decided ahead of the one that runs. Their slots are withdrawn before the next layer begins, so that the link has work
 while the layer computes; more would take slots from experts that are wanted sooner than it seems when they go."""
 
+PART = 8
+"""Experts that are worth a part of a layer: its kernels take less time than their copies, and the link has others to bring."""
+
 
 class DeviceCopyEngine(Schedule):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
@@ -38,12 +45,15 @@ class DeviceCopyEngine(Schedule):
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes):
         super().__init__(arena, slots, policy)
         self._depth = max(1, min(DEPTH, slots.count // 8))
+        self._part = max(1, min(PART, slots.count // 8))
         self._lanes = lanes
         self._at_rest = True  # the thread has looked at everything and can do nothing more
         self._staged = -1  # the position that the executor waits for
         self._awaited: set[Key] = set()  # its experts that are not in slots yet
+        self._unread: list[Key] = []  # its experts that are, and that no part of it has read
         self._enqueuing = False  # whoever was let go by `stage` puts the layer's kernels into the compute lane
-        self._demanded: set[Key] = set()
+        self._behind: list[tuple[int, list[Key]]] = []  # positions, and experts that they no longer want: see `_catch_up`
+        self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
         self._experts = sum(layer.experts for layer in arena.layout.layers)
@@ -76,10 +86,11 @@ class DeviceCopyEngine(Schedule):
                 for key in self._wanted.get(batch * self._layers + layer, ())
             )
 
-    def stage(self, batch: int, layer: int) -> None:
+    def stage(self, batch: int, layer: int) -> bool:
         """Waits until the experts that are wanted for a layer are in slots, or cannot come before others have been read.
 
-        `passed` must follow, or `finish` where the forward fails.
+        Returns: whether those that are there should be read first, for others to come in their place. Then `read` must follow, and
+            `stage` once more; else `passed`. `finish`, where the forward fails.
 
         Raises:
             RuntimeError: the copy thread broke.
@@ -91,13 +102,29 @@ class DeviceCopyEngine(Schedule):
                 self._enqueuing = False
                 self._proceed()
             self._staged = position
-            self._awaited = {key for key in self._wanted.get(position, ()) if not self.slots.is_ready(key)}
-            self._changed.wait_for(lambda: self._failure or not self._is_coming())
+            wanted = self._wanted.get(position, ())
+            self._awaited = {key for key in wanted if not self.slots.is_ready(key)}
+            self._unread = [key for key in wanted if key not in self._awaited]
+            self._changed.wait_for(lambda: self._failure or not self._is_held())
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
+            in_parts = bool(self._awaited and self._unread)
             self._awaited.clear()
             self._enqueuing = True
+            return in_parts
+
+    def read(self, batch: int, layer: int) -> None:
+        """The kernels that read what `stage` has found in slots are in the compute lane: the layer no longer wants those."""
+        position = batch * self._layers + layer
+        with self._changed:
+            self._enqueuing = False
+            gone = {*self._unread}
+            self._wanted[position] = [key for key in self._wanted[position] if key not in gone]
+            self._behind.append((position, self._unread))
+            self._unread = []
+            self._reconsider(position)  # there will be room for those that were not worth an eviction
+        self._proceed()
 
     def passed(self, batch: int, *layers: int) -> None:
         """The layers' kernels are in the compute lane: whatever is withdrawn from now on, they are not harmed."""
@@ -106,12 +133,14 @@ class DeviceCopyEngine(Schedule):
         with self._changed:
             self._enqueuing = False
             for layer in layers:
-                self._pass(batch * self._layers + layer)
+                position = batch * self._layers + layer
+                self._behind.append((position, self._wanted.pop(position, [])))
         self._proceed()
 
     def finish(self, batch: int) -> None:
         with self._changed:
             self._enqueuing = False
+            self._catch_up()
             super().finish(batch)
 
     def demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
@@ -121,7 +150,7 @@ class DeviceCopyEngine(Schedule):
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
             self._pass(position)
             keys = [(layer, expert) for expert in experts]
-            self._demanded.update(key for key in keys if key not in self.slots)
+            self._demanded.update((key, position) for key in keys if key not in self.slots)
             self._want(position, keys)
         self._proceed()
 
@@ -137,9 +166,8 @@ class DeviceCopyEngine(Schedule):
             used = np.flatnonzero(routed)
             missed = used[hits[used] == 0]
             if not self.is_complete:  # else nobody has to go, ever
-                for expert in used[hits[used] != 0].tolist():
-                    if (layer, expert) in self.slots:  # it may have gone since
-                        self._policy.used((layer, expert))
+                for expert in used.tolist():
+                    self._policy.used((layer, expert))
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
@@ -151,6 +179,12 @@ class DeviceCopyEngine(Schedule):
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def _is_held(self) -> bool:
+        """Whether the layer that is staged has to wait."""
+        if len(self._unread) >= self._part and not all(key in self.slots for key in self._awaited):
+            return False
+        return self._is_coming()
 
     def _is_coming(self) -> bool:
         """Whether to wait for those awaited: some are under way, or may still be."""
@@ -166,9 +200,17 @@ class DeviceCopyEngine(Schedule):
             self._at_rest = False
             self._changed.notify_all()
 
-    def _pass(self, position: int) -> None:
-        super()._pass(position)
-        self._demanded = {key for key in self._demanded if key in self.slots}  # for the others there was no room
+    def _catch_up(self) -> None:
+        """Takes out of the future what has passed. Left to the copy thread, as far as it comes to it: the next layer is waiting."""
+        for position, keys in self._behind:
+            for key in keys:
+                self._want_no_more(position, key)
+        self._behind.clear()
+
+    def _want_no_more(self, position: int, key: Key) -> None:
+        super()._want_no_more(position, key)
+        if self._demanded.get(key) == position and key not in self.slots:  # there was no room
+            del self._demanded[key]
 
     def _victim(self, position: int) -> Key | None:
         return None if self._enqueuing else super()._victim(position)
@@ -200,6 +242,7 @@ class DeviceCopyEngine(Schedule):
         """Puts the next copy into the copy lane; False: enough are there, or there is none."""
         if self._closed or len(self._under_way) >= self._depth:
             return False
+        self._catch_up()
         copy = self._next_copy()
         if copy is None:
             return False
@@ -215,9 +258,11 @@ class DeviceCopyEngine(Schedule):
         with self._changed:
             self._under_way.popleft()
             self.slots.complete(key)
-            self.is_complete = self.is_complete or sum(self.slots.resident().values()) == self._experts
+            self.is_complete = self.is_complete or self.slots.ready_count == self._experts
             self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-            self._demanded.discard(key)
-            self._awaited.discard(key)
-            if not self._is_coming():  # whoever waits is woken once, and not for every copy
+            self._demanded.pop(key, None)
+            if key in self._awaited:
+                self._awaited.remove(key)
+                self._unread.append(key)
+            if not self._is_held():  # whoever waits is woken once, and not for every copy
                 self._changed.notify_all()

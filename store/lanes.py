@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Protocol
 
 import torch
@@ -123,10 +124,10 @@ class CudaLanes:
         self._copy_stream = torch.cuda.Stream(slots.memory.device)  # kept: its handle dies with it
         self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
         self.clock = Clock(self._copy)
-        self._context = cuda.context()
+        self._context, self._thread = cuda.context(), 0
 
     def fill(self, key: Key, slot: int) -> Mark:
-        cuda.use(self._context)  # the copy thread's first call may be this
+        self._use_context()
         layer, expert = key
         begun = cuda.Event(self._copy)
         cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
@@ -134,6 +135,12 @@ class CudaLanes:
         return CudaMark(begun, cuda.Event(self._copy), self.clock)
 
     def withdraw(self, key: Key) -> None:
-        cuda.use(self._context)
+        self._use_context()
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
         cuda.wait(self._copy, cuda.Event(self._compute))
+
+    def _use_context(self) -> None:
+        """The copy thread is new to CUDA."""
+        if self._thread != get_ident():
+            cuda.use(self._context)
+            self._thread = get_ident()

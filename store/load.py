@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +35,14 @@ class Placement:
         backbone: the model's own name of a tensor -> its name in the weights.
         dtype: the dtype of all floating-point tensors in the arena, e.g. "float32".
         routers: names of the tensors whose hash identifies the model to predictors.
+        kept: backbone tensors of another floating-point dtype, by the model's own name: a router's bias, for one.
     """
 
     experts: tuple[tuple[dict[str, str], ...], ...]
     backbone: dict[str, str]
     dtype: str
     routers: tuple[str, ...]
+    kept: dict[str, str] = field(default_factory=dict)
 
     def layout(self, weights: Weights) -> ArenaLayout:
         """Where everything will lie; reads no weights.
@@ -49,16 +51,17 @@ class Placement:
             CheckpointError: a tensor is not among the weights.
         """
 
-        def tensor(name: str) -> tuple[tuple[int, ...], str]:
-            info = weights.info(name)
-            return info.shape, self.dtype if info.dtype.is_floating_point else str(info.dtype).removeprefix("torch.")
+        def tensor(stored: str, name: str = "") -> tuple[tuple[int, ...], str]:
+            info = weights.info(stored)
+            dtype = self.kept.get(name, self.dtype)
+            return info.shape, dtype if info.dtype.is_floating_point else str(info.dtype).removeprefix("torch.")
 
         return ArenaLayout.of(
             [
                 (len(layer), {part: tensor(name) for part, name in layer[0].items()})  # all experts of a layer are alike
                 for layer in self.experts
             ],
-            {name: tensor(source) for name, source in self.backbone.items()},
+            {name: tensor(source, name) for name, source in self.backbone.items()},
         )
 
     def arena_path(self, weights: Weights, directory: Path) -> Path:

@@ -47,11 +47,13 @@ class Schedule:
         self._arena = arena
         self._policy = policy
         self._layers = len(arena.layout.layers)
-        self._queue: list[tuple[int, int, Key]] = []  # a heap of (position, rank in the table, expert): as it is needed
+        self._queue: list[tuple[int, float, Key]] = []  # a heap of (position, doubt, expert): who has no slot, as it is needed next
         self._wanted: dict[int, list[Key]] = {}  # position -> planned experts, until that layer of that batch has been read
+        self._positions: list[int] = []  # a heap of those in _wanted, and of some that were
         self._next_uses: defaultdict[Key, list[int]] = defaultdict(list)  # ascending positions
-        self._aside: list[tuple[int, int, Key]] = []  # as _queue: not worth an eviction
+        self._aside: list[tuple[int, float, Key]] = []  # as _queue: not worth an eviction
         self._set_aside: set[tuple[int, Key]] = set()  # (position, expert) of those in _aside
+        self._probability: dict[tuple[int, Key], float] = {}  # (position, expert) -> that it is needed, where it is not certain
         self._early: dict[Key, int] = {}  # in slots at a wanted one's cost -> the position that it is for
         self._most_early = max(1, min(EARLY, slots.count // 6))
         self._planned: set[int] = set()
@@ -72,10 +74,11 @@ class Schedule:
             self._planned.add(batch)
         for layer, experts in enumerate(uses):
             position = batch * self._layers + layer
-            keys = [(layer, expert) for expert, p in experts if p >= WORTH_COPYING]
+            likely = {(layer, expert): p for expert, p in experts if p >= WORTH_COPYING}
             with self._changed:  # layer by layer: who copies has not to wait for hundreds of experts
                 if batch in self._planned and position not in self._wanted:  # finished, or demanded, in the meantime
-                    self._want(position, keys)
+                    self._probability.update({(position, key): p for key, p in likely.items() if p < 1})
+                    self._want(position, list(likely))
         self._proceed()
 
     def finish(self, batch: int) -> None:
@@ -89,6 +92,7 @@ class Schedule:
                 self._planned.remove(past)
                 for layer in range(self._layers):
                     self._pass(past * self._layers + layer)
+            self._policy.finished()
         self._proceed()
 
     def take(self) -> Movement:
@@ -110,31 +114,57 @@ class Schedule:
     def _want(self, position: int, keys: list[Key]) -> None:
         """Puts a position into the future."""
         self._wanted[position] = keys
-        for rank, key in enumerate(keys):
-            heapq.heappush(self._queue, (position, rank, key))
+        heapq.heappush(self._positions, position)
+        for key in keys:
             uses = self._next_uses[key]
             bisect.insort(uses, position)
             if uses[0] == position:
-                self._policy.wanted(key, position)
+                self._has_next(key)
 
     def _pass(self, position: int) -> None:
         """Takes a position out of the future."""
         for key in self._wanted.pop(position, ()):
+            self._want_no_more(position, key)
+
+    def _want_no_more(self, position: int, key: Key) -> None:
+        if self._set_aside:
             self._set_aside.discard((position, key))
-            if self._early.get(key) == position:
-                del self._early[key]
-            uses = self._next_uses[key]
-            first = uses[0] == position
+        if self._early.get(key) == position:
+            del self._early[key]
+        if self._probability:
+            self._probability.pop((position, key), None)
+        uses = self._next_uses[key]
+        if uses[0] == position:
+            del uses[0]
+            self._has_next(key)
+        else:
             uses.remove(position)
-            if first:
-                self._policy.wanted(key, uses[0] if uses else None)
+
+    def _has_next(self, key: Key) -> None:
+        """An expert's next use is another than before, or there is none. Who has no slot is to be copied by then."""
+        uses = self._next_uses[key]
+        if not uses:
+            self._policy.wanted(key, None)
+            return
+        position = uses[0]
+        probability = self._probability.get((position, key), 1.0)
+        self._policy.wanted(key, position, probability)
+        if key not in self.slots:
+            heapq.heappush(self._queue, (position, 1 - probability, key))
+
+    @property
+    def _now(self) -> int:
+        """The first position that has not passed, of those that are known."""
+        while self._positions[0] not in self._wanted:
+            heapq.heappop(self._positions)
+        return self._positions[0]
 
     def _next_copy(self) -> tuple[Key, torch.Tensor] | None:
         """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
         with self._changed:
             while (queue := self._open_queue()) is not None:
                 position, _, key = queue[0]
-                if position not in self._next_uses[key] or key in self.slots:
+                if key in self.slots or not (uses := self._next_uses[key]) or uses[0] != position:
                     heapq.heappop(queue)
                     self._set_aside.discard((position, key))
                     continue
@@ -143,16 +173,13 @@ class Schedule:
                     if victim is None:
                         return None
                     if self._policy.looks_ahead and self._next_uses[victim]:
-                        if position > min(self._wanted) + NEAR and len(self._early) >= FAR:
+                        comes = self._comes(key, position, victim)
+                        if comes is None:
                             return None
-                        worth = self._is_worth(key, position, victim)
-                        if len(self._early) >= self._most_early:
-                            if worth:
-                                return None
+                        if not comes:
                             heapq.heappush(self._aside, heapq.heappop(queue))
                             self._set_aside.add((position, key))
                             continue
-                        self._early[key] = position
                     self._evict(victim)
                 heapq.heappop(queue)
                 self._set_aside.discard((position, key))
@@ -160,11 +187,28 @@ class Schedule:
                 return key, self.slots.admit(key)
             return None
 
-    def _open_queue(self) -> list[tuple[int, int, Key]] | None:
+    def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
+        """Whether `key` comes now at the cost of `victim`, which is wanted too; None: not yet, and nobody behind it either."""
+        if position > self._now + NEAR and len(self._early) >= FAR:
+            return None
+        if len(self._early) >= self._most_early:
+            return None if self._is_worth(key, position, victim) else False
+        self._early[key] = position
+        return True
+
+    def _open_queue(self) -> list[tuple[int, float, Key]] | None:
         """Where the next copy is to be found: among those set aside if there is room for them now, and they come first."""
         if self._aside and len(self._early) < self._most_early and (not self._queue or self._aside[0] < self._queue[0]):
             return self._aside
         return self._queue or None
+
+    def _reconsider(self, position: int) -> None:
+        """Those that were set aside for a position stand in the queue again."""
+        for entry in [entry for entry in self._aside if entry[0] == position]:
+            self._set_aside.discard((position, entry[2]))
+            heapq.heappush(self._queue, entry)
+        self._aside = [entry for entry in self._aside if entry[0] != position]
+        heapq.heapify(self._aside)
 
     def _is_worth(self, key: Key, position: int, victim: Key) -> bool:
         """Whether `key`, used at `position`, will be wanted again before `victim` is."""
@@ -177,13 +221,16 @@ class Schedule:
         self._policy.evicted(victim)
         self._early.pop(victim, None)
         self._evicted(victim)
-        for use in self._next_uses[victim]:  # it may have been passed over while it was resident
-            heapq.heappush(self._queue, (use, 0, victim))
+        if uses := self._next_uses[victim]:
+            heapq.heappush(self._queue, (uses[0], 1 - self._probability.get((uses[0], victim), 1.0), victim))
 
     def _victim(self, position: int) -> Key | None:
         """The first by the policy's order that no forward reads and no table wants before `position`."""
         for key in self._policy.order():
             uses = self._next_uses[key]
-            if self.slots.is_evictable(key) and (not uses or uses[0] > position):
-                return key
+            if not uses or uses[0] > position:
+                if self.slots.is_evictable(key):
+                    return key
+            elif self._policy.looks_ahead and (uses[0], key) not in self._probability:
+                return None  # all behind a certain one are wanted sooner
         return None

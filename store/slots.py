@@ -97,6 +97,10 @@ class Slots:
     def is_evictable(self, key: Key) -> bool:
         return key in self._ready and not self._pins[key]
 
+    @property
+    def ready_count(self) -> int:
+        return len(self._ready)
+
     def resident(self) -> Counter[int]:
         """Ready experts per MoE layer."""
         return self._resident.copy()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 import runner
 from pipeline.config import parse
 from pipeline.output import OutputDir
+from predictor.tokens import RoutingShape, TokenBatch
+from predictor.traces import LayerTrace, Trace, save
 from store.checkpoint import INDEX, SINGLE
 from tests.conftest import ROOT, config_data, save_switch, write_tsv
 
@@ -302,6 +305,11 @@ def test_a_store_directory_that_is_not_there(refused, tmp_path):
     assert f"store.directory: {tmp_path}/nowhere: no such directory" in refused(f"store.directory={tmp_path}/nowhere")
 
 
+def test_a_file_that_would_lie_in_ram(refused):
+    message = refused("store.backing=file", "store.directory=/dev/shm")
+    assert "store.backing: file, but store.directory is /dev/shm, which is RAM; name a directory on a disk" in message
+
+
 # the output directory
 
 
@@ -349,6 +357,46 @@ def test_training_on_one_row_which_cannot_be_split(refused, case, tmp_path, kind
     write_tsv(case.rows, ["only one"])
     message = refused(f"predictor.kind={kind}", f"predictor.path={tmp_path}/new.safetensors", command="train")
     assert str(case.rows) in message
+
+
+# bench
+
+
+def test_a_bench_of_batches_that_need_tables_first(refused):
+    assert "batch.order: 'overlap' needs tables before there are batches" in refused("batch.order=overlap", command="bench")
+
+
+# plan
+
+
+def test_planning_with_a_trace_that_is_none(refused, case, tmp_path):
+    missing = tmp_path / "nothing.safetensors"
+    assert f"{missing}: no such file" in refused(f"plan.trace={missing}", command="plan")
+    weights = case.model / SINGLE
+    assert f"{weights}: holds a something else" in refused(f"plan.trace={weights}", command="plan")
+
+
+def test_planning_with_a_trace_of_another_model(refused, case, tmp_path):
+    other, shape = tmp_path / "other.safetensors", RoutingShape((4, 4), (0, 0), 1, 100)
+    layer = LayerTrace(np.zeros((2, 4), np.int16), np.zeros((2, 4), np.float16), np.zeros(2, np.float16))
+    save(Trace(TokenBatch(((np.arange(2),),)), (layer, layer)), other, shape, "identity")
+    message = refused(f"plan.trace={other}", command="plan")
+    assert f"{other}: recorded from another model: its experts is [4, 4], this model's is [8, 8, 8]" in message
+
+
+def test_planning_budgets_and_policies_that_are_none(refused):
+    assert "plan.budgets: 'much' is not a budget" in refused("plan.budgets=[much]", command="plan")
+    assert "plan.policies: there is no 'lur'; did you mean 'lru'?" in refused("plan.policies=[lur]", command="plan")
+
+
+def test_planning_into_a_file(refused, case):
+    assert f"output_dir: {case.rows}: File exists" in refused(f"output_dir={case.rows}", command="plan")
+
+
+def test_planning_pickled_weights(refused, case, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (case.model / SINGLE).rename(case.model / "pytorch_model.bin")
+    assert "its weights are pickled, and have no headers to plan with; `run` converts them once" in refused(command="plan")
 
 
 # the command line itself

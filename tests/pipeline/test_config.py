@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"path": "rows.tsv"}, "labels": {"0": "bad", "1": "good"}}
 SPECIAL = {
+    "plan.policies": ["fifo", "lru"],
     "model.path": "another",
     "data.path": "another.tsv",
     "predictor.kind": "token_table",

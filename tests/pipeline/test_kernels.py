@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline import grouping, kernels
 from pipeline.expert_shape import ExpertShape
+from pipeline.grouping import Groups
 from store.layout import ALIGNMENT, BlockLayout
 from tests.pipeline.interpreted import Interpreter
 
@@ -183,11 +184,18 @@ def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+def compute(hidden: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """What a snapshot has left."""
+    output = kernels.room(hidden, groups)
+    kernels.run(hidden, weights, groups, output)
+    return kernels.combine(output, weights.shape[1])
+
+
 def layer(place: Place, case: Case, hidden, experts, weights) -> torch.Tensor:
-    """All three calls, no slots."""
+    """A whole layer, no slots."""
     groups = grouping.group(experts, case.shape())
     grouping.snapshot(groups, place.table, 0, 0, *counters(len(case.counts), hidden.device.type))
-    return kernels.run(hidden, weights, groups)
+    return compute(hidden, weights, groups)
 
 
 # Results
@@ -344,7 +352,7 @@ def snapshot_decides(device: str, pinned: bool) -> None:
     table[1], table[2], table[0] = host.table[1], slots.table[2], slots.table[0]  # while the caller waited for copies
     grouping.snapshot(groups, table, slots.begin, slots.end, routed, hits)
     table[1], table[2], table[3] = slots.table[1], host.table[2], slots.table[3]  # too late
-    output = kernels.run(hidden, weights, groups)
+    output = compute(hidden, weights, groups)
 
     assert routed.tolist() == list(case.counts), "assigned, not added"
     assert hits.tolist() == [0, 0, 1, 0, 0], "expert 0 is in a slot, but has no pair"
@@ -363,10 +371,10 @@ def test_experts_are_read_from_host_memory_in_place():
 
 def slots_have_bounds(device: str) -> None:
     case = Case(counts=(1, 1, 1, 1, 0), nobody=1)
-    groups = grouping.group(case.experts(device), case.shape())
     begin, end = 2**46, 2**46 + 4096
     table = torch.tensor([begin - 256, begin, end - 256, end, begin], device=device)
     for slots, wanted in (((begin, end), [0, 1, 1, 0, 0]), ((0, 0), [0] * 5)):
+        groups = grouping.group(case.experts(device), case.shape())
         routed, hits = counters(5, device)
         grouping.snapshot(groups, table, *slots, routed, hits)
         assert hits.tolist() == wanted and routed.tolist() == [1, 1, 1, 1, 0]
@@ -375,6 +383,43 @@ def slots_have_bounds(device: str) -> None:
 
 def test_a_hit_is_an_expert_with_tokens_in_a_slot(check):
     check(slots_have_bounds)
+
+
+def parts_make_a_whole(device: str, top_k: int) -> None:
+    """Experts are computed when they come into slots, each once; what comes later, or goes, changes nothing."""
+    case = Case(counts=(3, 0, 20, 1, 70, 2), nobody=6, top_k=top_k)
+    slots, host = Place(case, device, seed=1), Place(case, device, seed=1)
+    hidden, experts, weights = case.inputs(device)
+    whole = layer(host, case, hidden, experts, weights)
+    table, (routed, hits) = host.table.clone(), counters(6, device)
+    groups = grouping.group(experts, case.shape())
+    owner = torch.where(experts < 0, -1, experts).flatten()
+    output = kernels.room(hidden, groups).fill_(torch.nan)
+    values, done = output.clone(), {-1}  # pairs without expert are zero from the first part on
+    for change, last in ({0: slots, 1: slots, 4: slots}, False), ({}, False), ({0: host, 2: slots}, False), ({4: host}, True):
+        for expert, place in change.items():
+            table[expert] = place.table[expert]
+        grouping.snapshot(groups, table, slots.begin, slots.end, routed, hits, last=last)
+        seen = table.clone()
+        table.zero_()  # what the table becomes later is not seen
+        kernels.run(hidden, weights, groups, output)
+        table.copy_(seen)
+        now = ({*change} if not last else {*range(6)}) - done
+        done |= now
+        written = torch.tensor([expert in now for expert in owner.tolist()], device=device)
+        assert output[~written & values.isnan().all(1) & (owner != -1)].isnan().all(), "not yet"
+        values[written] = output[written]
+        output[written] = 7.0
+    values[owner == -1] = output[owner == -1]
+    assert (output[owner != -1] == 7.0).all(), "computed twice"
+    assert routed.tolist() == list(case.counts)
+    assert hits.tolist() == [1, 0, 1, 0, 1, 0], "read from slots, in whatever part"
+    assert torch.equal(kernels.combine(values, top_k), whole)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_layer_may_be_computed_in_parts(check, top_k):
+    check(parts_make_a_whole, top_k)
 
 
 @pytest.mark.gpu
@@ -389,7 +434,7 @@ def test_the_replay_of_a_graph_follows_the_table_and_the_router(top_k):
     def forward() -> torch.Tensor:
         groups = grouping.group(experts, case.shape())
         grouping.snapshot(groups, table, slots.begin, slots.end, routed, hits)
-        return kernels.run(hidden, weights, groups)
+        return compute(hidden, weights, groups)
 
     forward()  # compiles
     torch.cuda.synchronize()

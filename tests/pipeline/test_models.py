@@ -25,7 +25,7 @@ from transformers import (
 from pipeline.config import ModelConfig, parse
 from pipeline.errors import USER_ERRORS, ModelError
 from pipeline.executor import Executor
-from pipeline.experts import Current, SlotMoE
+from pipeline.experts import Current, SlotExperts
 from pipeline.models import build, describe, load_embedding
 from pipeline.prepare import Prepared, prepare
 from predictor.tokens import DECODER, ENCODER
@@ -158,7 +158,7 @@ def test_a_model_of_a_family_without_experts_is_refused_by_its_name(tmp_path, fa
     model.save_pretrained(tmp_path / "model")
     message = refused(tmp_path / "model")
     assert repr(family) in message
-    assert "switch_transformers" in message
+    assert "docs/models.md" in message
 
 
 def test_a_switch_without_sparse_layers_is_refused(tmp_path):
@@ -300,7 +300,7 @@ def test_building_a_model_makes_neither_experts_nor_copies_of_the_backbone(tmp_p
         slots = Slots(arena, 2, CPU)
         engine = CopyEngine(arena, slots, POLICIES["lru"](), background=False)
         with Allocations(arena) as allocations:
-            model = build(prepared.model, arena, partial(SlotMoE, engine=engine, current=Current()), CPU)
+            model = build(prepared.model, arena, partial(SlotExperts, engine=engine, current=Current()), CPU)
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         assert not [name for name in names if "expert" in name]
         assert [name for name in names if "router" in name]

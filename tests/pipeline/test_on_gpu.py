@@ -31,7 +31,7 @@ from pipeline.config import BatchConfig, parse
 from pipeline.data import Batch, Encoded, make_batches
 from pipeline.device import ExecutorSpec
 from pipeline.executor import BatchResult, Executor
-from pipeline.on_gpu import OnGPU
+from pipeline.gpu_work import GPUWork
 from pipeline.prepare import ACTIVATION_BYTES, Prepared, prepare
 from pipeline.tasks import HeadClassify, Result, Score, TextToTextClassify
 from predictor.actor import Prediction, timed
@@ -238,27 +238,26 @@ def paths(monkeypatch) -> list[str]:
     """How each batch was run, in order: "eager", as one graph, "whole", or in "pieces": as many graphs as came to be replayed."""
     taken: list[str] = []
     replays = itertools.count()
-    run, replay = OnGPU.run, torch.cuda.CUDAGraph.replay
+    start, replay = GPUWork.start, torch.cuda.CUDAGraph.replay
 
-    def told(self, *args):
+    def told(self):
         before = next(replays)
-        answer = run(self, *args)
+        start(self)
         replayed = next(replays) - before - 1
         taken.append("eager" if replayed == 0 else "whole" if replayed == 1 else "pieces")
-        return answer
 
     def counted(self):
         next(replays)
         replay(self)
 
-    monkeypatch.setattr(OnGPU, "run", told)
+    monkeypatch.setattr(GPUWork, "start", told)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
     return taken
 
 
 def force(executor: Executor, whole: bool | None) -> None:
     """Makes the next batches run as one graph or in pieces, whatever is in slots: both are right. None: as it comes."""
-    engine = executor._device._engine
+    engine = executor._device.engine
     vars(engine).pop("is_ready", None)
     if whole is not None:
         engine.is_ready = lambda batch: whole
@@ -266,7 +265,7 @@ def force(executor: Executor, whole: bool | None) -> None:
 
 def complete(executor: Executor) -> None:
     """Waits until every expert has come into its slot."""
-    engine = executor._device._engine
+    engine = executor._device.engine
     with engine._changed:
         assert engine._changed.wait_for(lambda: engine.is_complete or engine._failure, timeout=30) is True
 
@@ -290,7 +289,7 @@ def assert_exact(case: Case, percent: int, policy: str, kind: str | None, paths:
     slots, count, shape = case.slots(percent), len(case.batches), case.prepared.model.shape
     tables = case.tables(kind) if kind else [None] * count
     with case.executor(slots, policy, demand=kind is None) as executor:
-        assert executor._device._engine.slots.memory.numel() == slots * case.prepared.layout.slot_bytes
+        assert executor._device.engine.slots.memory.numel() == slots * case.prepared.layout.slot_bytes
         for turn, whole in enumerate((None, None, True, False)):
             if percent < 100:
                 force(executor, whole)
@@ -479,14 +478,15 @@ def roughen(executor: Executor) -> None:
 
     Every third batch runs as one graph, though not all is in slots.
     """
-    engine = executor._device._engine
+    engine = executor._device.engine
     lanes, stage, fill = engine._lanes, engine.stage, engine._lanes.fill
     computing, copying = np.random.default_rng(1), np.random.default_rng(2)  # one for each thread
     cycles = 300_000  # up to 0.2 ms
 
-    def late_stage(batch: int, layer: int) -> None:
-        stage(batch, layer)
+    def late_stage(batch: int, layer: int) -> bool:
+        in_parts = stage(batch, layer)
         torch.cuda._sleep(int(computing.integers(cycles)))
+        return in_parts
 
     def late_fill(key, slot: int):
         with torch.cuda.stream(lanes._copy_stream):
@@ -549,7 +549,7 @@ def test_hash_routing_answers_as_on_a_cpu_and_runs_no_router(case, paths, percen
     with case.on_cpu() as other:
         expected = [other.execute(batch, table, "hash").results for batch, table in zip(case.batches, tables, strict=True)]
     with case.executor(case.slots(percent), "lookahead") as executor:
-        for name, module in executor._device._model.named_modules():
+        for name, module in executor._device.model.named_modules():
             if name.endswith("router"):
                 module.register_forward_hook(lambda *_: asked.append(1))
         for turn, whole in enumerate((None, True, False)):
@@ -614,7 +614,7 @@ def test_device_memory_stays_within_backbone_budget_and_activations(tmp_path, sh
     torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     executor = Executor(prepared.executor_spec())
-    assert executor._device._engine.slots.memory.numel() == prepared.budget_bytes
+    assert executor._device.engine.slots.memory.numel() == prepared.budget_bytes
     warm = 0
     for turn in range(20):
         if budget != "100%":  # there all is in slots soon, and there is one way

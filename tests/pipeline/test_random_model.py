@@ -221,7 +221,7 @@ def refused(file: Path, tokenizer: Path = TOKENIZER) -> str:
         ('{"model_type": "switch_transformers", "num_experts": "many"}', "not a model config"),
         ('{"model_type": "switch_transformers", "dtype": "nonsense"}', "not a model config"),
         ('{"model_type": "switch_transformers", "dtype": "int8"}', "dtype is torch.int8; it must be float32, bfloat16 or float16"),
-        ('{"model_type": "gpt2"}', "has no experts that are served; served: switch_transformers"),
+        ('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', "no experts that are served (model type 'gpt2', GPT2LM"),
         ('{"model_type": "switch_transformers"}', "architectures names 'none'"),
         ('{"model_type": "switch_transformers", "architectures": ["GPT2Model"]}', "architectures names 'GPT2Model'"),
     ],

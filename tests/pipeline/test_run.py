@@ -176,6 +176,30 @@ def test_a_killed_runner_is_resumed_by_the_same_command_and_leaves_nothing_that_
     assert arenas(tmp_path) == []
 
 
+OVERLAP = {"size": 2, "order": "overlap", "window": 24}
+
+
+def test_overlap_order_changes_no_answer_and_a_killed_run_of_it_goes_on_with_the_same_batches(own_ray, settings, tmp_path):
+    run(parse(settings(output="input", batch={"size": 2, "order": "input"}), "test"))
+    run(parse(settings(output="whole", batch=OVERLAP), "test"))
+    plain, whole = (read_jsonl(tmp_path / name / "predictions.jsonl") for name in ("input", "whole"))
+    assert [row["index"] for row in whole] == list(range(len(ROWS)))
+    assert [row["label"] for row in whole] == [row["label"] for row in plain]
+    for mine, theirs in zip(whole, plain, strict=True):
+        assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
+    killed = launch(tmp_path, settings(batch=OVERLAP))
+    AtRow(tmp_path / "out", 22, killed.kill).join()
+    killed.communicate()
+    lines = read_jsonl(tmp_path / "out" / "journal.jsonl")
+    groupings = {line["window"]: line["rows"] for line in lines if "window" in line}
+    assert groupings and all(rows != sorted(rows) for rows in groupings.values())
+    resumed = launch(tmp_path, settings(batch=OVERLAP))
+    text, _ = resumed.communicate()
+    assert resumed.returncode == 0, text
+    assert "resuming" in text
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
+
+
 def test_an_interrupted_run_says_how_to_go_on(settings, tmp_path):
     interrupted = launch(tmp_path, settings())
     AtRow(tmp_path / "out", 5, lambda: interrupted.send_signal(signal.SIGINT)).join()

@@ -186,7 +186,7 @@ def test_the_decoder_reads_the_start_and_then_the_target_without_its_last_token(
 def test_scoring_asks_for_a_target_and_a_model_that_can(text_to_text, head, tokenizer):
     with pytest.raises(ConfigError, match=r"data\.target"):
         make_task(config(task="score"), text_to_text.spec, tokenizer)
-    with pytest.raises(ConfigError, match="needs an encoder-decoder"):
+    with pytest.raises(ConfigError, match="needs a model that writes text"):
         make_task(scored(), head.spec, tokenizer)
 
 

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from predictor.hash_table import HashTable, Width, from_probabilities, likeliest
+from predictor.hash_table import HashTable, Width, from_probabilities, join, likeliest, split
+from predictor.tokens import TokenBatch
 
 
 def brute_force_uses(experts: np.ndarray, probability: np.ndarray) -> dict[int, float]:
@@ -148,3 +149,21 @@ def test_uses_know_no_expert_that_is_none():
     assert [expert for expert, _ in table.uses[0]] == [3, 1]
     assert dict(table.uses[0])[3] == pytest.approx(0.75)
     assert [expert for expert, _ in table.uses_under("hash")[0]] == [1, 3]
+
+
+def test_a_table_taken_apart_by_rows_is_put_together_again():
+    """Two MoE layers, each with a stream of its own."""
+    rng = np.random.default_rng(0)
+    lengths = ((3, 1, 4), (2, 5, 1))
+    tokens = TokenBatch(tuple(tuple(rng.integers(0, 9, n) for n in stream) for stream in lengths))
+    layers = [random_table(rng, sum(stream), experts=6, top_k=2) for stream in lengths]
+    experts, probability = zip(*layers, strict=True)
+    whole = HashTable(experts, probability, probability)
+    rows = split(whole, tokens, (0, 1))
+    assert [[len(layer) for layer in row.experts] for row in rows] == [list(pair) for pair in zip(*lengths, strict=True)]
+    again = join(rows)
+    for name in ("experts", "probability", "scaling"):
+        for mine, theirs in zip(getattr(again, name), getattr(whole, name), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    swapped = join([rows[2], rows[0]])
+    np.testing.assert_array_equal(swapped.experts[0], np.concatenate([experts[0][4:], experts[0][:3]]))

@@ -169,4 +169,4 @@ def test_load_refuses_a_trace_with_another_number_of_moe_layers(tmp_path):
     fewer = RoutingShape(SHAPE.experts[:1], SHAPE.streams[:1], SHAPE.top_k, SHAPE.vocab_size)
     whole = make_trace(11)
     save(Trace(whole.tokens, whole.layers[:1]), path, fewer, "id")
-    assert f"a trace of 1 MoE layers, the model has {len(SHAPE.experts)}" in refused(path)
+    assert f"its experts is {list(fewer.experts)}, this model's is {list(SHAPE.experts)}" in refused(path)

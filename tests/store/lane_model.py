@@ -1,5 +1,8 @@
 """A device without a device: two lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
 
+A layer runs in any number of parts, each of which computes those experts that it finds in slots and no part before it has
+computed; the last computes all that are left (pipeline/grouping.py).
+
 Bytes are not moved: a slot holds an expert, by name, or rubbish. Every operation of a lane is one step, and whoever drives the
 model decides which lane steps next; whatever a step reads is checked where it is read, and the table after every step.
 """
@@ -26,6 +29,9 @@ RUBBISH = None
 
 Layer = tuple[int, int]
 """One run of a MoE layer: (batch, layer)."""
+
+Places = tuple[tuple[Key, int], ...]
+"""Where experts are read: (expert, slot or HOST)."""
 
 
 def make_arena(layers: Sequence[tuple[int, int]]) -> Any:
@@ -54,19 +60,23 @@ _CONTAINERS = {list, dict, set, deque, Counter, defaultdict}
 
 
 class SimulatedMark:
-    """The point after so many fills."""
+    """A point of the copy lane: after so many operations."""
 
-    def __init__(self, lanes: SimulatedLanes, number: int):
-        self.lanes, self.number = lanes, number
+    def __init__(self, lanes: SimulatedLanes, point: int):
+        self.lanes, self.point = lanes, point
+
+    def on(self, lanes: SimulatedLanes) -> SimulatedMark:
+        """The same point of a twin's."""
+        return SimulatedMark(lanes, self.point)
 
     def is_reached(self) -> bool:
-        return self.lanes.has_reached(self.number)
+        return self.lanes.has_reached("copy", self.point)
 
     def wait(self) -> None:
         assert self.is_reached(), "waits for a mark, and nobody steps"
 
     def span(self) -> tuple[int, int]:
-        return self.number, self.number
+        return self.point, self.point
 
 
 class SimulatedLanes:
@@ -76,77 +86,90 @@ class SimulatedLanes:
         memory: per slot what it holds.
         entries: the pointer table, of those whose entry points to a slot: expert -> slot.
         queues: what the lanes have still to do.
-        computed: operations that the compute lane has done.
-        filled: marks that the copy lane has reached.
+        done: operations that each lane has done.
+        filled: marks of fills that have been reached.
         used, found: of every layer that was given or has begun to run, the experts it uses, and those it reads from slots.
     """
+
+    mark = SimulatedMark
 
     def __init__(self, slots: int):
         self.memory: list[Key | None] = [RUBBISH] * slots
         self.entries: dict[Key, int] = {}
         self.queues: dict[str, deque[tuple]] = {"compute": deque(), "copy": deque()}
-        self.computed = self.given = self.filled = 0
+        self.done = Counter(dict.fromkeys(self.queues, 0))
+        self.filled = 0
         self.used: dict[Layer, tuple[Key, ...]] = {}
         self.found: dict[Layer, frozenset[Key]] = {}
-        self._snapshots: dict[Layer, tuple[tuple[Key, int], ...]] = {}
-        self._read: dict[Layer, tuple[tuple[Key, int], ...]] = {}  # by the first matmul
+        self._served: dict[Layer, frozenset[Key]] = {}  # of a layer that runs, what its snapshots took
+        self._computed: dict[Layer, frozenset[Key]] = {}  # and its matmuls have computed
+        self._snapshots: dict[Layer, Places] = {}
+        self._read: dict[Layer, Places] = {}  # by the first matmul
 
     def state(self) -> tuple:
         """All that what follows depends on, and `found`."""
+        computed = self.done["compute"]
         copying = tuple(
-            ("wait", max(0, operation[1] - self.computed)) if operation[0] == "wait" else operation
-            for operation in self.queues["copy"]
+            ("wait", max(0, operation[1] - computed)) if operation[0] == "wait" else operation for operation in self.queues["copy"]
         )
+        running = (self.found, self._served, self._computed, self._snapshots, self._read)
         return (
             *(tuple(self.memory), frozenset(self.entries.items()), tuple(self.queues["compute"]), copying),
-            *(frozenset(places.items()) for places in (self.found, self._snapshots, self._read)),
+            *(frozenset(layers.items()) for layers in running),
         )
 
     # What is given to the lanes.
 
     def fill(self, key: Key, slot: int) -> SimulatedMark:
         self.queues["copy"] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
-        self.given += 1
-        return SimulatedMark(self, self.given)
+        return self.mark(self, self.point("copy"))
 
     def withdraw(self, key: Key) -> None:
         self.queues["compute"].append(("withdraw", key))
-        self.queues["copy"].append(("wait", self.point()))
+        self.queues["copy"].append(("wait", self.point("compute")))
 
-    def point(self) -> int:
-        """Where the compute lane is when it has done all that it was given."""
-        return self.computed + len(self.queues["compute"])
+    def point(self, lane: str) -> int:
+        """Where a lane is when it has done all that it was given."""
+        return self.done[lane] + len(self.queues[lane])
 
-    def snapshot(self, layer: Layer, experts: Collection[int], expected: Collection[Key] = ()) -> None:
-        """A layer's first kernel: reads the entries of the experts that it uses, `expected` among them from slots."""
+    def snapshot(self, layer: Layer, experts: Collection[int], expected: Collection[Key] = (), last: bool = True) -> None:
+        """A part's first kernel: reads the entries of the experts that the layer uses, `expected` among them from slots.
+
+        Args:
+            last: it takes all that have not been computed; else those of them that are in slots.
+        """
         self.used[layer] = tuple((layer[1], expert) for expert in experts)
-        self.queues["compute"].append(("snapshot", layer, tuple(expected)))
+        self.queues["compute"].append(("snapshot", layer, tuple(expected), last))
 
     def first(self, layer: Layer) -> None:
-        """A layer's first matmul."""
+        """A part's first matmul."""
         self.queues["compute"].append(("first", layer))
 
-    def second(self, layer: Layer) -> None:
-        """A layer's second matmul."""
-        self.queues["compute"].append(("second", layer))
+    def second(self, layer: Layer, last: bool = True) -> None:
+        """A part's second matmul, and behind the last one the layer is over."""
+        self.queues["compute"].append(("second", layer, last))
 
     # Steps.
 
-    def has_reached(self, mark: int) -> bool:
-        return self.filled >= mark
+    def has_reached(self, lane: str, point: int) -> bool:
+        return self.done[lane] >= point
 
     def has_run(self, layer: Layer) -> bool:
-        return layer in self.found and layer not in self._snapshots
+        return layer in self.found and layer not in self._served
 
     def can_step(self, lane: str) -> bool:
         queue = self.queues[lane]
-        return bool(queue) and (queue[0][0] != "wait" or queue[0][1] <= self.computed)
+        return bool(queue) and (queue[0][0] != "wait" or self.has_reached("compute", queue[0][1]))
 
     def step(self, lane: str) -> None:
-        """The next operation of a lane."""
+        """The next operation of a lane, and all waits that end with it: whether they are steps of their own makes no difference."""
         what, *details = self.queues[lane].popleft()
-        self.computed += lane == "compute"
+        self.done[lane] += 1
         getattr(self, f"_do_{what}")(*details)
+        copying = self.queues["copy"]
+        while copying and copying[0][0] == "wait" and self.can_step("copy"):
+            copying.popleft()
+            self.done["copy"] += 1
         self.check()
 
     def check(self) -> None:
@@ -166,32 +189,46 @@ class SimulatedLanes:
         self.filled += 1
 
     def _do_wait(self, point: int) -> None:
-        assert point <= self.computed
+        pass
 
     def _do_withdraw(self, key: Key) -> None:
         self.entries.pop(key, None)
 
-    def _do_snapshot(self, layer: Layer, expected: Collection[Key]) -> None:
-        places = self._snapshots[layer] = self._places(self.used[layer])
-        self.found[layer] = frozenset(key for key, place in places if place != HOST)
+    def _do_snapshot(self, layer: Layer, expected: Collection[Key], last: bool) -> None:
+        places = self._places(self._left(layer))
+        taken = self._snapshots[layer] = places if last else tuple((key, place) for key, place in places if place != HOST)
+        self._served[layer] = self._served.get(layer, frozenset()).union(key for key, _ in taken)
+        self.found[layer] = self.found.get(layer, frozenset()).union(key for key, place in taken if place != HOST)
         assert self.found[layer].issuperset(expected), "read in place though it was in a slot when the layer was enqueued"
 
     def _do_first(self, layer: Layer) -> None:
         self._read[layer] = self._snapshots[layer]
         self._check_places(self._read[layer])
 
-    def _do_second(self, layer: Layer) -> None:
+    def _do_second(self, layer: Layer, last: bool) -> None:
         places = self._seen_by_second(self._snapshots.pop(layer))
         self._check_places(places)
         assert places == self._read.pop(layer), "a layer's matmuls read an expert in different places"
+        before, now = self._computed.pop(layer, frozenset()), frozenset(key for key, _ in places)
+        assert not before & now, "an expert was computed twice"
+        if last:
+            assert before | now == set(self.used[layer]), "an expert was not computed"
+            del self._served[layer]
+        else:
+            self._computed[layer] = before | now
 
-    def _seen_by_second(self, snapshot: tuple[tuple[Key, int], ...]) -> tuple[tuple[Key, int], ...]:
+    def _left(self, layer: Layer) -> tuple[Key, ...]:
+        """The experts that no part has taken."""
+        served = self._served.get(layer, frozenset())
+        return tuple(key for key in self.used[layer] if key not in served)
+
+    def _seen_by_second(self, snapshot: Places) -> Places:
         return snapshot
 
-    def _places(self, keys: Sequence[Key]) -> tuple[tuple[Key, int], ...]:
+    def _places(self, keys: Sequence[Key]) -> Places:
         return tuple((key, self.entries.get(key, HOST)) for key in keys)
 
-    def _check_places(self, places: Sequence[tuple[Key, int]]) -> None:
+    def _check_places(self, places: Places) -> None:
         for key, place in places:
             assert place == HOST or self.memory[place] == key, f"{self.memory[place] or 'rubbish'} was read for {key}"
 
@@ -219,6 +256,8 @@ class LiveLanes(SimulatedLanes):
         broken: what a check found; the lanes stand still from then on.
     """
 
+    mark = LiveMark
+
     def __init__(self, slots: int, seed: int = 0, pauses_s: Sequence[float] = (0,)):
         super().__init__(slots)
         self.changed = threading.Condition()
@@ -239,8 +278,8 @@ class LiveLanes(SimulatedLanes):
     def synchronize(self) -> None:
         """Waits until the compute lane has done all that it was given by now."""
         with self.changed:
-            point = self.point()
-            self.changed.wait_for(lambda: self.computed >= point or self.broken)
+            point = self.point("compute")
+            self.changed.wait_for(lambda: self.has_reached("compute", point) or self.broken)
             if self.broken:
                 raise self.broken
 
@@ -250,21 +289,21 @@ class LiveLanes(SimulatedLanes):
             self.held.difference_update(keys)
             self.changed.notify_all()
 
-    def fill(self, key: Key, slot: int) -> LiveMark:
+    def fill(self, key: Key, slot: int) -> SimulatedMark:
         with self.changed:
             self.filling.append(key)
-            number = super().fill(key, slot).number
+            mark = super().fill(key, slot)
             self.changed.notify_all()
-        return LiveMark(self, number)
+        return mark
 
     def withdraw(self, key: Key) -> None:
         with self.changed:
             super().withdraw(key)
             self.changed.notify_all()
 
-    def snapshot(self, layer: Layer, experts: Collection[int], expected: Collection[Key] = ()) -> None:
+    def snapshot(self, layer: Layer, experts: Collection[int], expected: Collection[Key] = (), last: bool = True) -> None:
         with self.changed:
-            super().snapshot(layer, experts, expected)
+            super().snapshot(layer, experts, expected, last)
             self.changed.notify_all()
 
     def first(self, layer: Layer) -> None:
@@ -272,9 +311,9 @@ class LiveLanes(SimulatedLanes):
             super().first(layer)
             self.changed.notify_all()
 
-    def second(self, layer: Layer) -> None:
+    def second(self, layer: Layer, last: bool = True) -> None:
         with self.changed:
-            super().second(layer)
+            super().second(layer, last)
             self.changed.notify_all()
 
     def can_step(self, lane: str) -> bool:

@@ -96,7 +96,7 @@ def read(engine: CopyEngine, batch: int, layer: int, *experts: int) -> None:
 
 def test_planned_experts_are_copied_in_the_order_of_layers_and_likelihood(make):
     engine = make(10)
-    engine.plan(0, sure([D, A], [C, B]))
+    engine.plan(0, [[(D, 0.9), (A, 0.8)], [(C, 1.0), (B, 0.6)]])
     engine.plan(1, sure([B, A], []))
     assert copied(engine) == [(0, D), (0, A), (1, C), (1, B), (0, B)]
     assert engine.take().prefetch_bytes == 5 * BLOCK

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from store.device_copies import DEPTH, DeviceCopyEngine
+from store.device_copies import DEPTH, PART, DeviceCopyEngine
 from store.eviction import FIFO, LRU, LookAhead
 from store.layout import Key
 from store.slots import Slots
@@ -34,16 +34,20 @@ def sure(*layers: Sequence[int]) -> Uses:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., DeviceCopyEngine]]:
-    """make(slots, policy, depth, held) -> an engine of two MoE layers of five experts that has been started."""
+    """make(slots, policy, depth, held, layers, part) -> an engine of two MoE layers of five experts that has been started."""
     engines = []
 
-    def made(count: int, policy=FIFO, depth: int | None = None, held: Sequence[Key] = (), layers=(5, 5)) -> DeviceCopyEngine:
+    def made(
+        count: int, policy=FIFO, depth: int | None = None, held: Sequence[Key] = (), layers=(5, 5), part: int | None = None
+    ) -> DeviceCopyEngine:
         arena = make_arena([(experts, BLOCK) for experts in layers])
         lanes = LiveLanes(count)
         lanes.held.update(held)
         engine = DeviceCopyEngine(arena, Slots(arena, count, CPU), policy(), lanes)
         if depth:
             engine._depth = engine._most_early = depth
+        if part:
+            engine._part = part
         engines.append(engine)
         engine.start()
         return engine
@@ -97,8 +101,11 @@ def resident(engine: DeviceCopyEngine, *keys: Key) -> list[bool]:
     return [engine.slots.is_ready(key) for key in keys]
 
 
-def stage(engine: DeviceCopyEngine, batch: int, layer: int) -> None:
-    in_threads(lambda: engine.stage(batch, layer))
+def stage(engine: DeviceCopyEngine, batch: int, layer: int) -> bool:
+    """Whether those that are there should be read first."""
+    in_parts: list[bool] = []
+    in_threads(lambda: in_parts.append(engine.stage(batch, layer)))
+    return in_parts[0]
 
 
 class Held:
@@ -106,12 +113,13 @@ class Held:
 
     def __init__(self, engine: DeviceCopyEngine, batch: int, layer: int):
         self.error: BaseException | None = None
+        self._in_parts: list[bool] = []
         self._thread = threading.Thread(target=self._stage, args=(engine, batch, layer), daemon=True)
         self._thread.start()
 
     def _stage(self, engine: DeviceCopyEngine, batch: int, layer: int) -> None:
         try:
-            engine.stage(batch, layer)
+            self._in_parts.append(engine.stage(batch, layer))
         except BaseException as error:
             self.error = error
 
@@ -119,17 +127,34 @@ class Held:
         self._thread.join(A_MOMENT_S)
         return self._thread.is_alive()
 
-    def goes_on(self) -> None:
+    def goes_on(self) -> bool:
+        """Waits until they do; says what `stage` said."""
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "hangs"
         if self.error:
             raise self.error
+        return self._in_parts[0]
 
 
 def run(engine: DeviceCopyEngine, batch: int, layer: int) -> None:
     """One layer of which nothing is read."""
-    stage(engine, batch, layer)
+    while stage(engine, batch, layer):
+        engine.read(batch, layer)
     engine.passed(batch, layer)
+
+
+def compute(engine: DeviceCopyEngine, batch: int, layer: int, experts: Sequence[int]) -> list[Key]:
+    """One layer that uses these experts; says which it read from slots."""
+    lanes, run = engine._lanes, (batch, layer)
+    in_parts = True
+    while in_parts:
+        in_parts = stage(engine, batch, layer)
+        lanes.snapshot(run, experts, last=not in_parts)
+        lanes.first(run)
+        lanes.second(run, last=not in_parts)
+        (engine.read if in_parts else engine.passed)(batch, layer)
+    lanes.synchronize()
+    return sorted(lanes.found[run])
 
 
 def count(
@@ -147,7 +172,7 @@ def count(
 
 def test_planned_experts_are_copied_in_the_order_of_layers_and_likelihood(make):
     engine = make(9, depth=2)
-    engine.plan(0, sure([D, A], [C, B]))
+    engine.plan(0, [[(D, 0.9), (A, 0.8)], [(C, 1.0), (B, 0.6)]])
     at_rest(engine)
     engine.plan(1, sure([B, A], []))
     at_rest(engine)
@@ -181,6 +206,12 @@ def test_what_is_not_likely_enough_is_not_copied(make):
 def test_an_eighth_of_the_slots_may_be_filled_ahead(slots, depth):
     arena = make_arena([(1000, 256)])
     assert DeviceCopyEngine(arena, Slots(arena, slots, CPU), FIFO(), SimulatedLanes(slots))._depth == depth
+
+
+@pytest.mark.parametrize(("slots", "part"), [(0, 1), (1, 1), (15, 1), (16, 2), (8 * PART - 1, PART - 1), (10 * PART, PART)])
+def test_an_eighth_of_the_slots_is_worth_a_part(slots, part):
+    arena = make_arena([(1000, 256)])
+    assert DeviceCopyEngine(arena, Slots(arena, slots, CPU), FIFO(), SimulatedLanes(slots))._part == part
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -277,7 +308,8 @@ def test_without_slots_nothing_moves_and_nobody_is_held(make):
     for batch in range(3):
         assert not engine.is_ready(batch)
         for layer in (0, 1):
-            run(engine, batch, layer)
+            assert not stage(engine, batch, layer)  # nobody to compute a part of
+            engine.passed(batch, layer)
         engine.finish(batch)
     at_rest(engine)
     assert filling(engine) == []
@@ -332,7 +364,7 @@ def test_a_layer_is_not_held_for_what_cannot_come_because_others_are_wanted(make
 
 
 def test_a_layer_is_held_for_those_that_can_come_and_not_for_the_others(make):
-    engine = make(2, held=[(0, B)])
+    engine = make(2, held=[(0, B)], part=5)
     engine.plan(0, sure([A, B, C, D], []))
     waits = Held(engine, 0, 0)
     assert waits.is_held()
@@ -345,8 +377,8 @@ def test_a_layer_for_which_all_is_there_is_not_held_by_copies_for_others(make):
     engine = make(9, held=[(1, C)])
     engine.plan(0, sure([A], [C]))
     until(lambda: filling(engine) == [(0, A), (1, C)])
-    stage(engine, 0, 0)
-    stage(engine, 7, 1)  # nothing is planned for it
+    assert not stage(engine, 0, 0)
+    assert not stage(engine, 7, 1)  # nothing is planned for it
 
 
 def test_a_layer_is_not_held_for_those_that_are_not_worth_an_eviction(make):
@@ -372,6 +404,114 @@ def test_a_batch_is_ready_when_all_that_its_table_wants_is_in_slots(make):
     engine.plan(1, sure([A], [B]))
     at_rest(engine)
     assert engine.is_ready(1)
+
+
+# Parts of a layer.
+
+
+@pytest.mark.parametrize("policy", [FIFO, LRU, LookAhead])
+@pytest.mark.parametrize(("slots", "part"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_a_layer_that_wants_more_than_there_are_slots_finds_all_of_them_in_slots(make, policy, slots, part):
+    engine = make(slots, policy, depth=2, part=part)
+    engine.plan(0, sure(range(5), [C, E]))
+    assert compute(engine, 0, 0, range(5)) == [(0, expert) for expert in range(5)]
+    assert compute(engine, 0, 1, [C, D, E]) == [(1, C), (1, E)]
+    engine.finish(0)
+    assert not engine._wanted
+    assert not any(engine._next_uses.values())
+    assert engine.take().prefetch_bytes == 7 * BLOCK  # each came once
+
+
+def test_what_routers_name_comes_in_parts_too_and_is_a_demand_copy(make):
+    engine = make(2)
+    engine.demand(0, 0, range(5))
+    assert compute(engine, 0, 0, range(5)) == [(0, expert) for expert in range(5)]
+    engine.finish(0)
+    engine.plan(1, sure([A], []))
+    at_rest(engine)
+    moved = engine.take()
+    assert (moved.demand_bytes, moved.prefetch_bytes) == (5 * BLOCK, BLOCK)
+
+
+def test_a_part_is_computed_as_soon_as_enough_are_there_for_one_and_others_have_no_slot(make):
+    engine = make(4, part=2, depth=1, held=[(0, B), (0, C)])
+    engine.plan(0, sure(range(5), []))
+    waits = Held(engine, 0, 0)
+    assert waits.is_held()  # A is there, and B may come
+    engine._lanes.let((0, B))
+    assert waits.goes_on()
+    assert resident(engine, (0, A), (0, B), (0, C)) == [True, True, False]
+
+
+def test_who_stages_when_enough_are_there_for_a_part_is_not_held(make):
+    engine = make(4, part=2, depth=1, held=[(0, C)])
+    engine.plan(0, sure(range(5), []))
+    until(lambda: filling(engine)[-1:] == [(0, C)])
+    assert stage(engine, 0, 0)
+
+
+def test_the_last_who_are_under_way_are_waited_for_however_many_are_there(make):
+    engine = make(4, part=1, depth=2, held=[(0, C)])
+    engine.plan(0, sure([A, B, C], []))
+    until(lambda: filling(engine)[-1:] == [(0, C)])
+    waits = Held(engine, 0, 0)
+    assert waits.is_held()
+    engine._lanes.let((0, C))
+    assert not waits.goes_on()
+
+
+def test_what_a_part_has_read_makes_room_for_the_next(make):
+    engine = make(2)
+    engine.plan(0, sure([A, B, C, D], []))
+    at_rest(engine)
+    assert stage(engine, 0, 0)
+    time.sleep(A_MOMENT_S)
+    assert filling(engine) == [(0, A), (0, B)]  # its kernels are on their way
+    engine.read(0, 0)
+    at_rest(engine)
+    assert filling(engine)[2:] == [(0, C), (0, D)]
+    assert resident(engine, (0, C), (0, D)) == [True, True]
+    assert not stage(engine, 0, 0)
+
+
+def test_one_who_comes_while_a_part_is_enqueued_is_left_to_the_next(make):
+    engine = make(3, depth=1, part=1, held=[(0, B)])
+    engine.plan(0, sure([A, B, C, D], []))
+    until(lambda: filling(engine) == [(0, A), (0, B)])
+    assert stage(engine, 0, 0)
+    engine._lanes.let((0, B))
+    until(lambda: engine.slots.is_ready((0, C)))
+    engine.read(0, 0)
+    at_rest(engine)
+    assert resident(engine, (0, A), (0, B), (0, C), (0, D)) == [False, True, True, True]
+    assert not stage(engine, 0, 0)
+
+
+def test_who_is_wanted_by_a_later_layer_is_kept_though_a_part_has_read_them(make):
+    engine = make(2, LookAhead)
+    engine.plan(0, sure([A, B, C], []))
+    engine.plan(1, sure([A], []))
+    at_rest(engine)
+    run(engine, 0, 0)
+    assert filling(engine) == [(0, A), (0, B), (0, C)]
+    assert resident(engine, (0, A), (0, B)) == [True, False]
+
+
+@pytest.mark.parametrize("when", ["before read", "after read"])
+def test_a_layer_given_up_between_its_parts_wants_nobody_and_holds_nobody_back(make, when):
+    engine = make(1)
+    engine.plan(0, sure([A, B, C], []))
+    engine.plan(1, sure([D], []))
+    assert stage(engine, 0, 0)
+    if when == "after read":
+        engine.read(0, 0)
+    engine.finish(0)
+    at_rest(engine)
+    assert resident(engine, (0, D)) == [True]
+    assert compute(engine, 1, 0, [D]) == [(0, D)]
+    engine.finish(1)
+    assert not engine._wanted
+    assert not any(engine._next_uses.values())
 
 
 # While a layer is being enqueued.
@@ -413,7 +553,7 @@ def test_a_forward_that_breaks_within_a_layer_holds_nobody_back(make, then):
 
 
 def test_what_a_router_names_comes_before_all_else_and_is_a_demand_copy(make):
-    engine = make(3, held=[(0, A)])
+    engine = make(3, held=[(0, A)], part=3)
     engine.plan(0, sure([A], []))
     engine.plan(1, sure([D, E], []))
     until(lambda: len(filling(engine)) == 1)
@@ -444,8 +584,8 @@ def test_what_a_table_wanted_and_the_router_does_not_is_not_copied_any_more(make
 def test_one_who_was_demanded_in_vain_and_comes_later_by_a_table_is_a_prefetch(make):
     engine = make(1)
     engine.demand(0, 0, [A, B])
-    run(engine, 0, 0)
-    engine.finish(0)
+    assert stage(engine, 0, 0)
+    engine.finish(0)  # the forward broke
     assert resident(engine, (0, A), (0, B)) == [True, False]
     engine.plan(1, sure([B], []))
     stage(engine, 1, 0)
@@ -576,6 +716,23 @@ def test_a_failure_in_the_lanes_reaches_whoever_stages_and_stays(make, monkeypat
 
 
 @THREAD_ERRORS_ARE_EXPECTED
+def test_a_failure_between_parts_reaches_whoever_stages_the_next(make, monkeypatch):
+    engine = make(1)
+    engine.plan(0, sure([A, B, C], []))
+    assert stage(engine, 0, 0)
+
+    def broken(*what) -> None:
+        raise LinkDownError
+
+    monkeypatch.setattr(engine._lanes, "withdraw", broken)
+    engine.read(0, 0)
+    with pytest.raises(RuntimeError, match="copying experts failed"):
+        stage(engine, 0, 0)
+    engine.finish(0)
+    assert not engine._wanted
+
+
+@THREAD_ERRORS_ARE_EXPECTED
 def test_a_copy_that_fails_under_way_wakes_whoever_is_held_for_it(make, monkeypatch):
     engine = make(2)
     fails = threading.Event()
@@ -625,6 +782,18 @@ def test_whoever_is_held_when_the_engine_closes_goes_on(make):
     closes.join(PATIENCE_S)
     for held in waiting:
         held.goes_on()
+
+
+def test_after_close_what_is_there_is_read_and_nobody_is_held_for_the_others(make):
+    engine = make(2)
+    engine.plan(0, sure(range(5), []))
+    at_rest(engine)
+    in_threads(engine.close)
+    assert stage(engine, 0, 0)
+    engine.read(0, 0)
+    assert not stage(engine, 0, 0)
+    engine.passed(0, 0)
+    assert filling(engine) == [(0, A), (0, B)]
 
 
 def test_after_close_nobody_is_held(make):

@@ -57,14 +57,23 @@ def forward(batch: int, *layers: Sequence[int], how: str = "graph", waits: bool 
         for layer, experts in enumerate(layers):
             if how == "demand":
                 operations.append(("demand", batch, layer, experts))
-            operations.append(("stage", batch, layer))
-            if how == "eager":
-                operations += [("snapshot", batch, layer, experts), ("first", batch, layer), ("second", batch, layer)]
-            else:
-                operations.append(("launch", batch, layer, experts))
-            operations.append(("passed", batch, layer))
+            operations.append(("stage", batch, layer))  # and from there on, or behind "read"
+            operations += [*kernels(batch, layer, experts, how, last=False), ("read", batch, layer)]  # and back to "stage"
+            operations += [*kernels(batch, layer, experts, how, last=True), ("passed", batch, layer)]
     ends = [("counted", batch, len(layers)), ("finish", batch)]
     return operations + (ends if waits else ends[::-1])
+
+
+def ahead(first: list[tuple], second: list[tuple]) -> list[tuple]:
+    """Two forwards that are not waited for, the second enqueued before the first is counted."""
+    return [*first[:-1], *second[:-1], first[-1], second[-1]]
+
+
+def kernels(batch: int, layer: int, experts: Sequence[int], how: str = "graph", last: bool = False) -> list[tuple]:
+    """A part of a layer, or what is left of it."""
+    if how == "eager":
+        return [("snapshot", batch, layer, experts, last), ("first", batch, layer), ("second", batch, layer, last)]
+    return [("launch", batch, layer, experts, last)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Case:
         executor: what it does, in order.
         other: what another thread does meanwhile, in order.
         layers: experts of each.
-        depth: of the engine; None: its own choice.
+        depth, part: of the engine; None: its own choice.
         hits: experts read from slots, in the orders of steps that are worst and best.
     """
 
@@ -85,6 +94,7 @@ class Case:
     layers: tuple[int, ...] = (4,)
     policy: Callable[[], Policy] = FIFO
     depth: int | None = None
+    part: int | None = None
     hits: tuple[int, int] = (0, 0)
 
 
@@ -105,8 +115,20 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-NO_STATE = {"slots", "_lanes", "_changed", "_policy", "_movement", "_under_way", "_arena", "_thread", "_failure"}
-"""Of an engine's attributes: what does not change, or is looked at elsewhere."""
+NO_STATE = {
+    "slots",
+    "_lanes",
+    "_changed",
+    "_policy",
+    "_movement",
+    "_under_way",
+    "_arena",
+    "_thread",
+    "_failure",
+    "_heap",
+    "_behind",
+}
+"""Of an engine's and a policy's attributes: what does not change, or is looked at elsewhere."""
 
 
 def frozen(value: Any) -> Any:
@@ -137,6 +159,8 @@ class World:
         self.engine = engine(arena, self.slots, case.policy(), self.lanes)
         if case.depth:
             self.engine._depth = self.engine._most_early = case.depth
+        if case.part:
+            self.engine._part = case.part
         self.engine._changed = self  # type: ignore[assignment]
         self.at = self.other_at = 0
         self.blocked = self.told = False  # the executor waits; something has changed since it last looked
@@ -144,6 +168,9 @@ class World:
         self.future: list[tuple[int, Key]] = []  # what is planned and not yet past, kept independently of the engine
         self.planned: set[int] = set()
         self.finished = -1
+        self.staged: tuple[Key, ...] = ()  # what was there, and wanted, when `stage` let the executor go
+        self.held_for: tuple[set[Key], list[Key]] = (set(), [])  # awaited and unread, as the copy thread left them
+        self.parts = 0  # that were read
         self.counted: list[tuple[int, int]] = []  # layers, as the lanes name them
         self.history: tuple = ()  # (last step, history before it)
         self.shares_host = False
@@ -164,7 +191,7 @@ class World:
             self.engine = engine = twin(self.engine)
             engine.slots, engine._lanes, engine._changed = self.slots, self.lanes, self  # type: ignore[assignment]
             engine._policy, engine._movement = twin(engine._policy), twin(engine._movement)
-            engine._under_way = deque((key, SimulatedMark(self.lanes, mark.number)) for key, mark in engine._under_way)
+            engine._under_way = deque((key, mark.on(self.lanes)) for key, mark in engine._under_way)
 
     def forget(self) -> None:
         """Breaks the circle of references; there are many of these."""
@@ -176,23 +203,29 @@ class World:
         if self.host_state is None:
             slots = self.slots
             self.host_state = (
-                *(self.at, self.other_at, self.blocked, self.told, self.landing, self.asleep, tuple(sorted(self.future))),
+                *(
+                    self.at,
+                    self.other_at,
+                    self.blocked,
+                    self.told,
+                    self.landing,
+                    self.asleep,
+                    self.staged,
+                    tuple(sorted(self.future)),
+                ),
                 *(frozenset(slots._slot_of.items()), tuple(slots._free), frozenset(slots._ready)),
                 *(frozen(value) for name, value in vars(self.engine).items() if name not in NO_STATE),
-                *(tuple(key for key, _ in self.engine._under_way), tuple(self.engine._policy.order()), self.touched()),
+                *(tuple(key for key, _ in self.engine._under_way), tuple(self.engine._policy.order())),
+                tuple((at, tuple(keys)) for at, keys in self.engine._behind),
+                *(frozen(value) for name, value in vars(self.engine._policy).items() if name not in NO_STATE),
             )
         return self.host_state, self.lanes.state()
-
-    def touched(self) -> tuple[Key, ...]:
-        """What a LookAhead remembers besides the order."""
-        policy = self.engine._policy
-        return tuple(sorted(policy._place, key=lambda key: policy._place[key][1])) if isinstance(policy, LookAhead) else ()
 
     # Who may move, and does.
 
     def moves(self) -> list[str]:
         able = [lane for lane in self.lanes.queues if self.lanes.can_step(lane)]
-        if self.lanes.has_reached(self.engine._under_way[0][1].number) if self.landing else not self.asleep:
+        if self.engine._under_way[0][1].on(self.lanes).is_reached() if self.landing else not self.asleep:
             able.append("copier")
         if self.at < len(self.case.executor) and self._executor_may(*self.case.executor[self.at]):
             able.append("executor")
@@ -215,12 +248,13 @@ class World:
             self.history = (f"{who}: {operations[at]}", self.history)
             what, *details = operations[at]
             try:
-                getattr(self, f"_do_{what}")(*details)
+                goes_on_at = getattr(self, f"_do_{what}")(*details)
             except BlockedError:
                 self.blocked, self.told = True, False
+                self.check_held()
                 return
             if who == "executor":
-                self.at += 1
+                self.at = self.at + 1 if goes_on_at is None else goes_on_at
                 self.blocked = False
             else:
                 self.other_at += 1
@@ -268,6 +302,8 @@ class World:
         self.told, self.asleep = self.blocked, False
 
     def wait_for(self, predicate: Callable[[], bool]) -> None:
+        if self.blocked:  # it has waited since, and not just asked what for
+            self.engine._awaited, self.engine._unread = self.held_for
         if not predicate():
             raise BlockedError
 
@@ -293,31 +329,46 @@ class World:
         self._forget(batch, layer)
         self._want(batch, layer, experts)
 
-    def _do_stage(self, batch: int, layer: int) -> None:
-        self.engine.stage(batch, layer)
+    def _do_stage(self, batch: int, layer: int) -> int | None:
+        self.held_for = self.engine._awaited, self.engine._unread
+        in_parts = self.engine.stage(batch, layer)
         position = self.position(batch, layer)
-        missing = [key for at, key in self.future if at == position and not self.slots.is_ready(key)]
-        assert not any(key in self.slots for key in missing), "not held though an expert was under way"
-        aside = all(self.is_aside(position, key) for key in missing)
-        assert aside or not self.can_come(position), "not held though one could come"
+        there, missing = self.wanted_at(position)
+        assert not in_parts or there, "a part of nothing"
+        assert not in_parts or missing, "a part though nobody else is to come"
+        assert in_parts or not (there and missing), "no part though others could come in the place of those that are there"
+        if not self.is_part(there, missing):
+            assert not any(key in self.slots for key in missing), "not held though an expert was under way"
+            aside = all(self.is_aside(position, key) for key in missing)
+            assert aside or not self.can_come(position), "not held though one could come"
+        self.staged = there
+        read = ("read", batch, layer)
+        return self.case.executor.index(read, self.at) + 1 if not in_parts and read in self.case.executor else None
 
-    def _do_launch(self, batch: int, layer: int, experts: Sequence[int]) -> None:
-        self._do_snapshot(batch, layer, experts)
+    def _do_read(self, batch: int, layer: int, goes_on: bool = True) -> int | None:
+        self.engine.read(batch, layer)
+        self.parts += 1
+        position = self.position(batch, layer)
+        self.future = [(at, key) for at, key in self.future if at != position or key not in self.staged]
+        return self.case.executor.index(("stage", batch, layer)) if goes_on else None
+
+    def _do_launch(self, batch: int, layer: int, experts: Sequence[int], last: bool) -> None:
+        self._do_snapshot(batch, layer, experts, last)
         self._do_first(batch, layer)
-        self._do_second(batch, layer)
+        self._do_second(batch, layer, last)
 
     def _do_whole(self, batch: int, layers: Sequence[Sequence[int]]) -> None:
         for layer, experts in enumerate(layers):
-            self._do_launch(batch, layer, experts)
+            self._do_launch(batch, layer, experts, last=True)
 
-    def _do_snapshot(self, batch: int, layer: int, experts: Sequence[int]) -> None:
-        self.lanes.snapshot((batch, layer), experts, self.ready(layer, experts))
+    def _do_snapshot(self, batch: int, layer: int, experts: Sequence[int], last: bool) -> None:
+        self.lanes.snapshot((batch, layer), experts, self.ready(layer, experts), last)
 
     def _do_first(self, batch: int, layer: int) -> None:
         self.lanes.first((batch, layer))
 
-    def _do_second(self, batch: int, layer: int) -> None:
-        self.lanes.second((batch, layer))
+    def _do_second(self, batch: int, layer: int, last: bool) -> None:
+        self.lanes.second((batch, layer), last)
 
     def _do_passed(self, batch: int, *layers: int) -> None:
         self.engine.passed(batch, *layers)
@@ -350,7 +401,24 @@ class World:
         now = self.position(batch, layer)
         self.future = [(at, key) for at, key in self.future if at != now]
 
+    def wanted_at(self, position: int) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
+        """Those that are in slots, and the others."""
+        wanted = [key for at, key in self.future if at == position]
+        there = tuple(key for key in wanted if self.slots.is_ready(key))
+        return there, tuple(key for key in wanted if key not in there)
+
+    def is_part(self, there: Sequence[Key], missing: Sequence[Key]) -> bool:
+        """Whether so many are there that those that have not even a slot are not waited for."""
+        return len(there) >= self.engine._part and any(key not in self.slots for key in missing)
+
     # What must hold.
+
+    def check_held(self) -> None:
+        """Whoever waits, and has not been told to look again, has reason to."""
+        _, batch, layer = self.case.executor[self.at]
+        there, missing = self.wanted_at(self.position(batch, layer))
+        assert missing, "held though all are there"
+        assert not self.is_part(there, missing), "held though enough are there to be read"
 
     def can_come(self, position: int) -> bool:
         """Whether there is room for an expert that is wanted at a position: a slot that is free, or somebody who may go for it."""
@@ -398,14 +466,19 @@ class World:
         assert len(under_way) <= engine._depth
         assert sorted(slots._slot_of.keys() - slots._ready) == sorted(under_way)
         assert len(engine._early) <= engine._most_early
-        assert all(key in slots and (at, key) in self.future for key, at in engine._early.items())
-        assert all(planned in self.future for planned in engine._set_aside)
+        behind = {(at, key) for at, keys in engine._behind for key in keys}  # it knows that they have passed
+        known = behind.union(self.future)
+        assert all(key in slots and (at, key) in known for key, at in engine._early.items())
+        assert known.issuperset(engine._set_aside)
         wanted: dict[Key, set[int]] = {}
         for at, key in self.future:
             wanted.setdefault(key, set()).add(at)
         if not engine.is_complete:  # else it no longer cares
-            uses = {key: set(uses) for key, uses in engine._next_uses.items() if uses}
+            uses = {key: {at for at in uses if (at, key) not in behind} for key, uses in engine._next_uses.items()}
+            uses = {key: positions for key, positions in uses.items() if positions}
             assert uses == wanted, "wants other than what was planned"
+        if self.blocked and not self.told:
+            self.check_held()
         self.slots_and_lanes_agree()
 
     def slots_and_lanes_agree(self) -> None:
@@ -416,6 +489,7 @@ class World:
 
     def check_end(self) -> None:
         assert self.is_over(), "all wait for each other"
+        assert not any(0 <= at <= self.position(self.finished, len(self.case.layers) - 1) for at in self.engine._wanted)
         moved = self.engine.take()
         assert moved.prefetch_bytes + moved.demand_bytes == 256 * self.lanes.filled
         assert sum(moved.hits) == self.hits()
@@ -580,7 +654,89 @@ CASES = {
         executor=[*forward(0, [A, B, C], how="demand"), *forward(1, [C, B], how="demand")],
         other=[("plan", 2, sure([D]))],
         policy=LRU,
-        hits=(4, 4),
+        hits=(5, 5),
+    ),
+    "a layer wants more than there are slots": Case(
+        slots=2,
+        executor=[("plan", 0, sure([A, B, C, D])), *forward(0, [A, B, C, D], waits=False), *forward(1, [D, A])],
+        other=[("plan", 1, sure([D, A]))],
+        depth=2,
+        hits=(5, 6),
+    ),
+    "all that two batches want passes through one slot": Case(
+        slots=1,
+        executor=[
+            *(("plan", 0, sure([A, B, C])), ("plan", 1, sure([C, A]))),
+            *(*forward(0, [A, B, C], waits=False), *forward(1, [C, A])),
+        ],
+        hits=(5, 5),
+    ),
+    "parts of two": Case(
+        slots=4,
+        executor=[
+            *(("plan", 0, sure(range(6))), ("plan", 1, sure([0, 5, 3]))),
+            *(*forward(0, range(6), waits=False), *forward(1, [0, 3, 5])),
+        ],
+        layers=(6,),
+        depth=2,
+        part=2,
+        hits=(9, 9),
+    ),
+    "a part reads one whom nobody wants, kernel by kernel": Case(
+        slots=2,
+        executor=[("plan", 0, sure([A])), *forward(0, [A]), *forward(1, [A, B, C], how="eager")],
+        other=[("plan", 1, sure([B, C]))],
+        depth=2,
+        hits=(2, 4),
+    ),
+    "parts of a batch are enqueued before the one before it has ended": Case(
+        slots=1,
+        executor=[("plan", 0, sure([A, B])), *ahead(forward(0, [A, B], waits=False), forward(1, [C, A], waits=False))],
+        other=[("plan", 1, sure([C, A]))],
+        policy=LRU,
+        hits=(2, 4),
+    ),
+    "plans come between parts": Case(
+        slots=1,
+        executor=[("plan", 0, sure([A, B])), *forward(0, [A, B], how="eager"), *forward(1, [A]), *forward(2, [C])],
+        other=[("plan", 2, sure([C])), ("plan", 1, sure([A]))],
+        hits=(2, 4),
+    ),
+    "parts are of those that were predicted wrongly": Case(
+        slots=1,
+        executor=[("plan", 0, sure([A, B, C])), *forward(0, [B, D]), *forward(1, [D, C])],
+        other=[("plan", 1, sure([A, D]))],
+        policy=LRU,
+        hits=(2, 2),
+    ),
+    "few of those that a layer wants may come at the cost of others": Case(
+        slots=2,
+        executor=[
+            *(("plan", batch, sure([A, B], [A, B, C])) for batch in range(2)),
+            *(operation for batch in range(2) for operation in forward(batch, [A, B], [A, B, C])),
+        ],
+        layers=(3, 3),
+        policy=LookAhead,
+        depth=1,
+        hits=(10, 10),
+    ),
+    "a layer is given up in the midst of a part": Case(
+        slots=1,
+        executor=[
+            *(("plan", 0, sure([A, B])), ("stage", 0, 0), ("snapshot", 0, 0, [A, B], False), ("finish", 0)),
+            *forward(1, [B, A]),
+        ],
+        other=[("plan", 1, sure([B, A]))],
+        hits=(1, 2),
+    ),
+    "a layer is given up between its parts": Case(
+        slots=1,
+        executor=[
+            *(("plan", 0, sure([A, B, C])), ("stage", 0, 0), *kernels(0, 0, [A, B, C]), ("read", 0, 0, False), ("finish", 0)),
+            *forward(1, [B, A]),
+        ],
+        other=[("plan", 1, sure([B, A]))],
+        hits=(0, 2),
     ),
     "a batch is one graph and the next are planned": Case(
         slots=3,
@@ -605,7 +761,7 @@ CASES = {
         executor=[
             ("plan", 0, sure([A])),
             ("stage", 0, 0),
-            ("snapshot", 0, 0, [A]),
+            ("snapshot", 0, 0, [A], True),
             ("finish", 0),
             *forward(1, [B], how="eager"),
         ],
@@ -629,7 +785,10 @@ def test_in_every_order_of_steps_kernels_read_the_right_experts_and_nobody_waits
 
 
 def random_case(seed: int) -> Case:
-    """Batches planned by another thread, some late and not always in order; predictions are often wrong, or missing."""
+    """Batches planned by another thread, some late and not always in order; predictions are often wrong, or missing.
+
+    Some forwards break.
+    """
     rng = random.Random(seed)
     batches, experts, layers = 6, 5, rng.choice((1, 2, 2, 3))
     executor: list[tuple] = []
@@ -639,23 +798,30 @@ def random_case(seed: int) -> Case:
         guess = [[(e, rng.choice((0.2, 0.6, 1.0))) for e in rng.sample(range(experts), rng.randint(0, 3))] for _ in range(layers)]
         uses = rng.choice((sure(*truth), guess))
         if rng.random() < 0.5:
-            executor.insert(rng.randint(max(0, len(executor) - 12), len(executor)), ("plan", batch, uses))
+            executor.insert(rng.randint(max(0, len(executor) - 24), len(executor)), ("plan", batch, uses))
         elif rng.random() < 0.8:
             other.insert(rng.randint(max(0, len(other) - 2), len(other)), ("plan", batch, uses))
-        executor += forward(batch, *truth, how=rng.choice(("graph", "eager", "demand")), waits=rng.random() < 0.5)
+        operations = forward(batch, *truth, how=rng.choice(("graph", "eager", "demand")), waits=rng.random() < 0.5)
+        if rng.random() < 0.1:
+            operations = [*operations[: rng.randrange(len(operations) - 2)], ("finish", batch)]
+        elif batch and executor[-1][0] == operations[-1][0] == "counted" and rng.random() < 0.5:
+            operations = [*operations[:-1], executor.pop(), operations[-1]]  # as `ahead`
+        executor += operations
     slots, policy = rng.choice((0, 1, 2, 2, 3, 4, 5, 8)), rng.choice((FIFO, LRU, LookAhead))
-    return Case(slots, executor, other, (experts,) * layers, policy, depth=rng.choice((1, 1, 2, 3, 5)))
+    return Case(slots, executor, other, (experts,) * layers, policy, rng.choice((1, 1, 2, 3, 5)), rng.choice((1, 1, 2)))
 
 
 def test_in_random_orders_of_random_histories_kernels_read_the_right_experts_and_nobody_waits_for_ever():
-    hits = fills = uses = 0
+    hits = fills = uses = parts = 0
     for seed in range(500):
         world = World(random_case(seed))
         wander(world, seed)
         hits += world.hits()
         fills += world.lanes.filled
         uses += sum(map(len, world.lanes.used.values()))
+        parts += world.parts
     assert fills > 5 * 500  # slots did change hands
+    assert parts > 500
     assert uses / 4 < hits < uses
 
 
@@ -676,7 +842,7 @@ class Stress:
         self.truth = [
             [self.rng.sample(range(self.experts), self.rng.randint(0, 4)) for _ in range(self.layers)] for _ in range(self.batches)
         ]
-        self.asked = self.read = 0
+        self.asked = self.read = self.parts = 0
         self.executed = threading.Semaphore(4)
         self.errors: list[BaseException] = []
 
@@ -707,10 +873,7 @@ class Stress:
         for batch, truth in enumerate(self.truth):
             self.executed.acquire()
             if rng.random() < 0.95:
-                guess = [
-                    [e for e in layer if rng.random() < 0.9] + rng.sample(range(self.experts), rng.random() < 0.1)
-                    for layer in truth
-                ]
+                guess = [[e for e in range(self.experts) if rng.random() < (0.9 if e in layer else 0.02)] for layer in truth]
                 self.engine.plan(batch, sure(*guess))
 
     def execute(self) -> None:
@@ -724,27 +887,30 @@ class Stress:
                 for layer, experts in enumerate(layers):
                     if how == "demand":
                         self.engine.demand(batch, layer, experts)
-                    self.engine.stage(batch, layer)
-                    ready = [(layer, e) for e in experts if self.slots.is_ready((layer, e))]
-                    if how == "demand" and not self.engine._policy.looks_ahead:
-                        assert len(ready) == len(experts)
-                    self.enqueue((batch, layer), experts, ready, at_once=how == "graph")
+                    while self.engine.stage(batch, layer):
+                        self.enqueue((batch, layer), experts, self.ready(layer, experts), how == "graph", last=False)
+                        self.engine.read(batch, layer)
+                        self.parts += 1
+                    self.enqueue((batch, layer), experts, self.ready(layer, experts), how == "graph")
                     self.engine.passed(batch, layer)
             self.lanes.synchronize()
             self.engine.finish(batch)
-            self.check(batch, layers)
+            self.check(batch, layers, all_are_hits=how == "demand" and not self.engine._policy.looks_ahead)
             self.executed.release()
 
-    def enqueue(self, layer: Layer, experts: Sequence[int], expected: Sequence[Key], at_once: bool) -> None:
+    def ready(self, layer: int, experts: Sequence[int]) -> list[Key]:
+        return [(layer, expert) for expert in experts if self.slots.is_ready((layer, expert))]
+
+    def enqueue(self, layer: Layer, experts: Sequence[int], expected: Sequence[Key], at_once: bool, last: bool = True) -> None:
         """A graph is enqueued at once; without one, others come between its kernels."""
         with self.lanes.changed if at_once else nullcontext():
-            self.lanes.snapshot(layer, experts, expected)
+            self.lanes.snapshot(layer, experts, expected, last)
             if not at_once and self.rng.random() < 0.2:
                 time.sleep(0.0002)
             self.lanes.first(layer)
-            self.lanes.second(layer)
+            self.lanes.second(layer, last)
 
-    def check(self, batch: int, layers: Sequence[Sequence[int]]) -> None:
+    def check(self, batch: int, layers: Sequence[Sequence[int]], all_are_hits: bool) -> None:
         reads = 0
         for layer, experts in enumerate(layers):
             routed, hits = np.zeros((2, self.experts), dtype=np.int32)
@@ -760,6 +926,7 @@ class Stress:
                 assert self.lanes.entries[key] == taken[key]
         moved = self.engine.take()
         asked = sum(map(len, layers))
+        assert reads == asked or not all_are_hits
         assert (sum(moved.hits), sum(moved.misses)) == (reads, asked - reads)
         assert moved.read_in_place_bytes == 256 * (asked - reads)
         assert moved.resident_peak_bytes <= 256 * self.slots.count
@@ -767,11 +934,12 @@ class Stress:
         self.read += reads
 
 
-@pytest.mark.parametrize(("slots", "policy", "depth"), [(6, LRU, 1), (10, LookAhead, 3)])
+@pytest.mark.parametrize(("slots", "policy", "depth"), [(2, FIFO, 2), (6, LRU, 1), (10, LookAhead, 3)])
 def test_under_stress_kernels_read_the_right_experts_and_nobody_waits_for_ever(hasty_threads, slots, policy, depth):
     stress = Stress(slots, slots, policy(), depth)
     stress.run()
     assert stress.lanes.filled > stress.batches
+    assert stress.parts > stress.batches / 10
     assert stress.asked / 2 < stress.read < stress.asked
 
 
@@ -798,7 +966,7 @@ class WithdrawsOnTheCopyLane(SimulatedLanes):
     """All as it should be, but for the lane that stores the host's address."""
 
     def withdraw(self, key: Key) -> None:
-        self.queues["copy"] += [("withdraw", key), ("wait", self.point())]
+        self.queues["copy"] += [("withdraw", key), ("wait", self.point("compute"))]
 
 
 class StoresTooEarly(SimulatedLanes):
@@ -814,8 +982,15 @@ class StoresTooEarly(SimulatedLanes):
 class MarksTooEarly(SimulatedLanes):
     """The engine believes that a fill has ended before it has, and evicts whom it likes."""
 
-    def has_reached(self, mark: int) -> bool:
-        return True
+    def has_reached(self, lane: str, point: int) -> bool:
+        return lane != "compute" or super().has_reached(lane, point)
+
+
+class ComputesAgain(SimulatedLanes):
+    """Each part takes all that are in slots, and the last all, whatever those before it took."""
+
+    def _left(self, layer: Layer) -> tuple[Key, ...]:
+        return self.used[layer]
 
 
 class ReadsEntriesTwice(SimulatedLanes):
@@ -835,6 +1010,47 @@ class WithdrawsWhileKernelsAreEnqueued(DeviceCopyEngine):
 
     def _victim(self, position: int) -> Key | None:
         return Schedule._victim(self, position)
+
+
+class WithdrawsWhileAPartIsEnqueued(DeviceCopyEngine):
+    """The same, but only if there is more to come for the layer."""
+
+    def stage(self, batch: int, layer: int) -> bool:
+        in_parts = super().stage(batch, layer)
+        self._enqueuing = not in_parts
+        return in_parts
+
+
+class ReadsWhoWasNotThere(DeviceCopyEngine):
+    """Nobody waits for those any more, and nobody brings them."""
+
+    def read(self, batch: int, layer: int) -> None:
+        self._unread = [*self._wanted[batch * self._layers + layer]]
+        super().read(batch, layer)
+
+
+class ReadsNobody(DeviceCopyEngine):
+    """All that were there are still wanted, and nobody else can come."""
+
+    def read(self, batch: int, layer: int) -> None:
+        self._unread.clear()
+        super().read(batch, layer)
+
+
+class OverlooksWhoCame(DeviceCopyEngine):
+    """Only those that were there when the layer was staged are read."""
+
+    def _land(self) -> None:
+        there = self._unread.copy()
+        super()._land()
+        self._unread = there
+
+
+class WaitsForAll(DeviceCopyEngine):
+    """However many are there."""
+
+    def _is_held(self) -> bool:
+        return self._is_coming()
 
 
 class EvictsAnybody(DeviceCopyEngine):
@@ -872,8 +1088,10 @@ class ForgetsThatItBegan(DeviceCopyEngine):
         self._planned = planned
 
 
-HANDS, KERNELS, NONE = (
+HANDS, PART, PARTS, KERNELS, NONE = (
     "one slot changes hands again and again",
+    "a part reads one whom nobody wants, kernel by kernel",
+    "parts of two",
     "one who goes is read by a layer that is being enqueued kernel by kernel",
     "there are no slots",
 )
@@ -885,10 +1103,16 @@ WRONG_ORDERS = [
     (DeviceCopyEngine, ReadsEntriesTwice, HANDS),
     (WithdrawsNobody, SimulatedLanes, HANDS),
     (WithdrawsWhileKernelsAreEnqueued, SimulatedLanes, KERNELS),
+    (WithdrawsWhileAPartIsEnqueued, SimulatedLanes, PART),
 ]
 FAULTS = [
     *WRONG_ORDERS,
     (DeviceCopyEngine, WaitsForTooLittle, HANDS),
+    (DeviceCopyEngine, ComputesAgain, PARTS),
+    (ReadsWhoWasNotThere, SimulatedLanes, PARTS),
+    (ReadsNobody, SimulatedLanes, PARTS),
+    (OverlooksWhoCame, SimulatedLanes, PARTS),
+    (WaitsForAll, SimulatedLanes, PARTS),
     (EvictsAnybody, SimulatedLanes, HANDS),
     (EvictsNobody, SimulatedLanes, HANDS),
     (HoldsNobody, SimulatedLanes, HANDS),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from store.copies import CopyEngine
-from store.eviction import FIFO, LRU, POLICIES, LookAhead
+from store.eviction import FIFO, LFU, LIFO, LRU, POLICIES, LookAhead, Priority
+from store.foresight import HALF_LIFE
 from store.layout import Key
 from store.slots import Slots
 from tests.store.lane_model import make_arena
@@ -45,6 +46,65 @@ def test_to_lru_an_admission_is_a_use():
     policy.used(A)
     policy.admitted(C)
     assert list(policy.order()) == [B, A, C]
+
+
+def test_lfu_evicts_what_was_used_least_often_and_among_equals_the_oldest():
+    policy = admit(LFU(), A, B, C)
+    for key in (B, A, B, C):
+        policy.used(key)
+    assert list(policy.order()) == [A, C, B]
+
+
+def test_to_lfu_a_use_in_place_counts_and_an_eviction_forgets_none():
+    policy = admit(LFU(), A, B)
+    for key in (C, C, A, B, B, B):
+        policy.used(key)
+    policy.evicted(B)
+    admit(policy, C, B)
+    assert list(policy.order()) == [A, C, B]
+
+
+def test_lifo_evicts_first_what_the_batch_does_not_use_then_the_last_in():
+    policy = admit(LIFO(), A, B, C, D)
+    policy.wanted(A, 3)
+    policy.wanted(D, 2)
+    assert list(policy.order()) == [B, C, D, A]
+
+
+def test_to_lifo_a_batch_uses_what_it_has_used_until_it_ends():
+    policy = admit(LIFO(), A, B, C)
+    policy.wanted(B, 3)
+    policy.wanted(B, None)
+    policy.used(B)
+    policy.wanted(C, 4)
+    assert list(policy.order()) == [A, C, B]
+    policy.finished()
+    assert list(policy.order()) == [A, B, C]
+
+
+def test_priority_evicts_what_is_least_probable_for_its_distance():
+    policy = admit(Priority(), A, B, C, D)
+    policy.wanted(A, 10, 0.9)  # 0.09 per layer
+    policy.wanted(B, 4, 0.6)  # 0.15
+    policy.wanted(C, 10, 0.5)  # 0.05
+    assert list(policy.order()) == [D, C, A, B]
+
+
+def test_priority_measures_distance_from_what_has_passed():
+    policy = admit(Priority(), A, B)
+    policy.wanted(A, 20, 1.0)
+    policy.wanted(B, 12, 0.55)
+    assert list(policy.order()) == [B, A]
+    policy.wanted(C, 11, 1.0)
+    policy.wanted(C, None)  # it is 11 now
+    assert list(policy.order()) == [A, B]
+
+
+def test_to_priority_those_that_nobody_wants_come_first_the_least_recently_used_before_all():
+    policy = admit(Priority(), A, B, C)
+    policy.wanted(B, 1000, 0.5)
+    policy.used(A)
+    assert list(policy.order()) == [C, A, B]
 
 
 @pytest.mark.parametrize("name", ["fifo", "lru"])
@@ -95,14 +155,6 @@ def test_before_those_wanted_go_those_that_nobody_wants_the_least_recently_used_
     assert list(policy.order()) == [D, A, C, B]
 
 
-def test_among_those_wanted_at_the_same_time_the_least_recently_used_goes_first():
-    policy = admit(LookAhead(), A, B, C)
-    for key in (A, B, C):
-        policy.wanted(key, 7)
-    policy.used(A)
-    assert list(policy.order()) == [B, C, A]
-
-
 def test_the_order_follows_what_is_wanted_now():
     policy = admit(LookAhead(), A, B)
     policy.wanted(A, 3)
@@ -127,33 +179,70 @@ def test_what_is_wanted_of_one_who_is_not_there_counts_when_it_comes():
     assert list(policy.order()) == [A, C, B]
 
 
+def test_a_use_that_may_fail_to_come_counts_as_later():
+    policy = admit(LookAhead(), A, B)
+    for position in range(0, 100, 10):
+        policy.wanted(C, position)  # experts come back after ten layers
+    policy.wanted(A, 7, 0.5)
+    policy.wanted(B, 7)
+    assert list(policy.order()) == [A, B]
+    policy.wanted(B, 8, 0.99)
+    assert list(policy.order()) == [B, A]  # a mean learns slowly
+
+
+def test_beyond_the_tables_what_is_often_used_stays_before_what_was_used_last():
+    policy = admit(LookAhead(), A, B, C)
+    for key in (A, A, A, B, C):
+        policy.used(key)
+    assert list(policy.order()) == [B, C, A]
+
+
+def test_what_was_often_used_long_ago_goes_in_the_end():
+    policy = admit(LookAhead(), A, B)
+    for _ in range(50):
+        policy.used(A)
+    for _ in range(round(30 * HALF_LIFE)):
+        policy.used(B)
+    assert list(policy.order()) == [A, B]
+    for _ in range(30):
+        policy.used(A)
+    policy.used(C)  # read in place: remembered for when it comes
+    assert list(policy.order()) == [A, B]
+
+
 def test_a_policy_that_looks_ahead_agrees_with_one_that_sorts_anew_each_time():
     rng = random.Random(0)
     keys = [(layer, expert) for layer in range(3) for expert in range(6)]
     for _ in range(20):
         policy = LookAhead()
-        touched: dict[Key, int] = {}  # of the resident ones
+        resident: set[Key] = set()
+        weight: dict[Key, float] = {}
+        counts: dict[Key, float] = {}  # the same, as it was when none wanted it, or when that changed
         wanted: dict[Key, int] = {}
-        for now in range(400):
+        time = 0.0
+        for _ in range(400):
             key = rng.choice(keys)
             what = rng.choice(("come or go", "used", "wanted", "wanted", "not wanted"))
-            if what == "come or go" and key in touched:
+            if what == "come or go" and key in resident:
                 policy.evicted(key)
-                del touched[key]
-            elif what == "come or go":
-                policy.admitted(key)
-                touched[key] = now
-            elif what == "used" and key in touched:
-                policy.used(key)
-                touched[key] = now
+                resident.remove(key)
+            elif what in ("come or go", "used"):
+                time += 1 / (HALF_LIFE * (len(resident) + 1))
+                weight[key] = weight.get(key, 0) + 2**time
+                if what == "used":
+                    policy.used(key)
+                else:
+                    policy.admitted(key)
+                    resident.add(key)
             elif what == "wanted":
                 wanted[key] = rng.randrange(30)
                 policy.wanted(key, wanted[key])
-            elif what == "not wanted":
+            else:
                 wanted.pop(key, None)
                 policy.wanted(key, None)
-            order = sorted(touched, key=lambda key: (-wanted.get(key, math.inf), touched[key]))
-            assert list(policy.order()) == order
+            if key in resident and (what != "used" or key not in wanted):
+                counts[key] = weight[key]
+            assert list(policy.order()) == sorted(resident, key=lambda key: (-wanted.get(key, math.inf), counts[key]))
 
 
 # What it is worth.
@@ -216,8 +305,8 @@ def test_with_right_tables_a_policy_that_looks_ahead_moves_least_and_none_less_t
     trace = zipf(layers, experts, used, exponent)
     fewest = fewest_moves(trace, slots)
     moves = {policy: moves_of(policy, trace, experts, slots, lookahead=16) for policy in POLICIES}
-    assert fewest <= moves["lookahead"] < 1.4 * fewest  # this link is infinitely fast: whatever may come early does
-    assert min(moves["lru"], moves["fifo"]) > 1.2 * moves["lookahead"]
+    assert fewest <= moves["lookahead"] < 1.15 * fewest  # MIN keeps what it read in place; a copy must come before
+    assert min(moves[name] for name in ("fifo", "lru", "lfu", "lifo")) > 1.2 * moves["lookahead"]
 
 
 @pytest.mark.parametrize("name", TRACES)

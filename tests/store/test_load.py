@@ -267,3 +267,14 @@ def test_loading_takes_the_memory_of_the_arena_and_of_one_tensor(tmp_path, arena
     process.join()
     assert arena_bytes == PARTS * 3 * 128 * 1024 * 4 > 200e6
     assert arena_bytes / 2 < risen <= 1.1 * arena_bytes + 3 * 128 * 1024 * 4
+
+
+def test_a_tensor_may_keep_another_dtype_than_the_arenas(tmp_path, arena_dir):
+    made = tensors()
+    placement = dataclasses.replace(PLACEMENT, dtype="bfloat16", kept={"norm.weight": "float32"})
+    arena = in_arena(save(tmp_path / "model", made), arena_dir, placement)
+    backbone = arena.backbone()
+    assert torch.equal(backbone["norm.weight"], made["ln.weight"])
+    assert backbone["scale"].dtype == torch.bfloat16
+    assert in_arena(tmp_path / "model", arena_dir, dataclasses.replace(placement, kept={})).path != arena.path
+    arena.close()
