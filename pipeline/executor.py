@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -103,6 +103,7 @@ class Executor:
         # One thread computes, whoever calls: torch's operators keep helper threads for every thread that ever called them.
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
         self._starting = self._compute.submit(_make_device, spec, arena)
+        wait([self._starting])  # a model is made under settings of the whole process: nobody else may make tensors meanwhile
         self._closed = False
         self._spoken: dict[int, list[list[int]]] = {}
 
