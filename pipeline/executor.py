@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -112,6 +112,7 @@ class Executor:
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
         self._answers = ThreadPoolExecutor(1, "answer")  # another one, so that the next batch has not to wait for them
         self._starting = self._compute.submit(_make_device, spec, arena)
+        wait([self._starting])  # a model is made under settings of the whole process: nobody else may make tensors meanwhile
         self._closed = False
         self._spoken: dict[int, Spoken] = {}
 
