@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
-from transformers.utils.generic import ContextManagers
+from transformers.initialization import guard_torch_init_functions, meta_device_safe_creation_ops
+from transformers.modeling_utils import local_torch_dtype
 
 from pipeline.classifier import SwitchTransformersForSequenceClassification
 from pipeline.errors import ModelError
@@ -17,6 +18,9 @@ from pipeline.errors import ModelError
 OWN_ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
     "SwitchTransformersForSequenceClassification": SwitchTransformersForSequenceClassification
 }
+
+_ALONE = threading.RLock()
+"""What a model is made under holds for the whole process: torch's default dtype, functions that transformers replaces meanwhile."""
 
 
 def on_meta(config: transformers.PretrainedConfig, architecture: str, file: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -31,7 +35,7 @@ def on_meta(config: transformers.PretrainedConfig, architecture: str, file: str,
     cls = OWN_ARCHITECTURES.get(architecture) or getattr(transformers, architecture, None)
     if cls is None or getattr(cls, "config_class", None) is not type(config):
         raise ModelError(f"{file}: architectures names {architecture!r}, which is no {config.model_type} of transformers")
-    with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+    with _ALONE, local_torch_dtype(dtype, cls.__name__), torch.device("meta"), meta_device_safe_creation_ops():
         try:
             model: PreTrainedModel = cls(copy.deepcopy(config))
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, IndexError) as error:
@@ -61,7 +65,8 @@ def assign(model: PreTrainedModel, weights: dict[str, torch.Tensor], device: tor
     model.tie_weights()
     untied = {name: tensor for name, tensor in weights.items() if name in model.all_tied_weights_keys}
     model.load_state_dict(untied, strict=False, assign=True)  # tied by the config, stored with values of their own
-    _make_buffers(model, device)
+    with _ALONE:
+        _make_buffers(model, device)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"{left[0]} has no value: describe() should have refused the checkpoint"
     model.eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -120,9 +120,9 @@ class Executor:
         self._starting = self._compute.submit(_make_device, spec, arena)
         # Nor does the predictor, if it is here, wait for the model's turn: another thread, on a GPU another stream.
         self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
-        self._predicting: Future[HashPredictor] | None = None
-        if self._ahead is not None:
-            self._predicting = self._ahead.submit(self._make_predictor)
+        self._predicting = self._ahead.submit(self._make_predictor) if self._ahead is not None else None
+        # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
+        wait([made for made in (self._starting, self._predicting) if made is not None])
         self._closed = False
         self._spoken: dict[int, Spoken] = {}
 

@@ -46,7 +46,9 @@ def assert_same(expert: Expert, parts: dict[str, torch.Tensor]) -> None:
     table = torch.tensor([memory.data_ptr() + e * block.nbytes for e in range(experts)])
     counters = torch.zeros(2, experts, dtype=torch.int32)
     grouping.snapshot(groups, table, 0, 0, *counters)
-    output = kernels.run(hidden, weights, groups)
+    output = kernels.room(hidden, groups)
+    kernels.run(hidden, weights, groups, output)
+    output = kernels.combine(output, weights.shape[1])
 
     wanted = torch.zeros_like(hidden)
     for token in range(TOKENS):
