@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -122,7 +122,8 @@ class Executor:
         self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
         self._predicting = self._ahead.submit(self._make_predictor) if self._ahead is not None else None
         # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
-        wait([made for made in (self._starting, self._predicting) if made is not None])
+        made: list[Future[Any]] = [self._starting, *([self._predicting] if self._predicting is not None else [])]
+        wait(made)
         self._closed = False
         self._spoken: dict[int, Spoken] = {}
 
