@@ -92,6 +92,11 @@ def plan(method: str, budget_bytes: int, experts: tuple[int, ...], shapes: list[
         nbytes = small + sum(LowRank.nbytes(s, n, max(rank, least)) for n, s in large)
     else:
         rank = least = BITS[method]
+        odd = next((s[1] for _, s in large if s[1] * rank % 8), None)
+        if odd is not None:
+            raise PredictorError(
+                f"predictor.stand_ins.kind: {method} packs rows into bytes, and one of {odd} does not fit; write svd"
+            )
         nbytes = small + sum(Quantised.nbytes(s, n, rank) for n, s in large)
     if rank < least or nbytes > budget_bytes:
         hint = "raise it" if method == "svd" else "raise it, or write predictor.stand_ins.kind=svd, which takes what there is"

@@ -16,6 +16,7 @@ from pipeline.workload import experts_used, record_batches
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Oracle, Random
+from predictor.hash_table import Width
 from predictor.token_table import TokenTable
 from store.actor import ExpertStore
 from store.eviction import POLICIES
@@ -42,7 +43,7 @@ def traced(small):
     store.open()
     recorded = record_batches(prepared)
     trace, shape = traces.join(recorded), prepared.model.shape
-    makers = {"oracle": Oracle(trace, shape, 1), "counts": TokenTable.fit(trace, shape, 2), "random": Random(shape, 2, 0)}
+    makers = {"oracle": Oracle(trace, shape, 1), "counts": TokenTable.fit(trace, shape, Width(2)), "random": Random(shape, 2, 0)}
     tables = {name: [timed(maker, batch.tokens) for batch in prepared.batches] for name, maker in makers.items()}
     yield prepared, [[[e for _, e in layer] for layer in experts_used(t, shape.top_k)] for t in recorded], tables
     store.close(False)

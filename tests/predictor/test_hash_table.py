@@ -167,3 +167,16 @@ def test_a_table_taken_apart_by_rows_is_put_together_again():
             np.testing.assert_array_equal(mine, theirs)
     swapped = join([rows[2], rows[0]])
     np.testing.assert_array_equal(swapped.experts[0], np.concatenate([experts[0][4:], experts[0][:3]]))
+
+
+def test_tables_of_different_widths_are_joined_with_none_in_the_narrower():
+    rng = np.random.default_rng(1)
+    narrow, wide = ((random_table(rng, 3, experts=6, top_k=k)) for k in (1, 3))
+    tables = [HashTable((experts,), (probability,), (probability,)) for experts, probability in (narrow, wide)]
+    joined = join(tables)
+    assert joined.experts[0].shape == (6, 3)
+    assert (joined.experts[0][:3, 1:] == -1).all() and (joined.probability[0][:3, 1:] == 0).all()
+    np.testing.assert_array_equal(joined.experts[0][3:], wide[0])
+    assert joined.experts[0].dtype == narrow[0].dtype
+    used = dict(joined.uses[0])
+    assert set(used) == {*narrow[0].ravel().tolist(), *wide[0].ravel().tolist()}

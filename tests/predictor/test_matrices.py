@@ -59,6 +59,16 @@ def test_the_experts_asked_for_are_multiplied_in_their_order_and_a_bias_is_added
     torch.testing.assert_close(linear(tokens, stand_in.of(asked, torch.float32), bias), expected + bias)
 
 
+@pytest.mark.parametrize("make", [lambda w: LowRank.make(w, 3), lambda w: Quantised.make(w, 2), lambda w: Quantised.make(w, 4)])
+def test_transposed_it_is_multiplied_from_the_other_side_as_some_families_store_their_experts(make):
+    whole, tokens, bias = random(5, 6, 8), random(2, 7, 6, seed=1), random(2, 1, 8, seed=2)
+    stand_in, asked = make(whole).of(torch.tensor([4, 1]), torch.float32), torch.tensor([4, 1])
+    expected = torch.bmm(tokens, dense(make(whole), 5, 8)[asked]) + bias
+    torch.testing.assert_close(linear(tokens, stand_in.T, bias), expected)
+    assert stand_in.T.dtype == stand_in.dtype == torch.float32
+    torch.testing.assert_close(linear(random(2, 3, 8), stand_in.T.T), linear(random(2, 3, 8), stand_in))
+
+
 def test_bytes_are_those_that_were_announced():
     for stand_in, announced in (
         (LowRank.make(random(4, 12, 20), 5), LowRank.nbytes((12, 20), 4, 5)),
