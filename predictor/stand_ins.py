@@ -79,7 +79,7 @@ def plan(method: str, budget_bytes: int, experts: tuple[int, ...], shapes: list[
         experts, shapes: of every MoE layer.
 
     Raises:
-        PredictorError: the budget is too small for any.
+        PredictorError: the budget is too small for any, or rows do not come to whole bytes.
     """
     matrices = [(n, s) for n, layer in list(zip(experts, shapes, strict=True))[:-1] for s in layer.values()]
     small = sum(n * s[0] * FLOAT.itemsize for n, s in matrices if len(s) == 1)
