@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.executor import BatchStats
+from pipeline.batch_result import BatchStats
 from predictor.accuracy import Accuracy
 
 PACKAGES = ("torch", "triton", "ray", "transformers", "accelerate", "numpy", "safetensors")

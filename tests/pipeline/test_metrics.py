@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.executor import BatchResult, BatchStats
+from pipeline.batch_result import BatchResult, BatchStats
 from pipeline.metrics import PACKAGES, batch_metrics, fidelity, stats_of, versions
 from predictor.accuracy import Accuracy
 
