@@ -54,6 +54,12 @@ def test_latencies_are_percentiles_of_the_batches():
     assert metrics["latency_ms"] == pytest.approx({f"p{q}": np.percentile(latencies, q) for q in (50, 95, 99)}, abs=1e-3)
 
 
+def test_how_batches_ran_on_a_gpu_is_counted_and_on_a_cpu_there_is_nothing_to_count():
+    every = [stats(how="pieces"), stats(how="whole"), stats(how="eager: first of its shape"), stats(how="whole")]
+    assert batch_metrics(every, 4, 1)["graphs"] == {"whole": 2, "pieces": 1, "eager: first of its shape": 1}
+    assert batch_metrics([stats()], 1, 1)["graphs"] is None
+
+
 def test_accuracy_weighs_tokens_and_not_batches():
     small = stats(accuracy=Accuracy([1, 1], [1, 1], [1, 1]))
     metrics = batch_metrics([small, stats()], 2, 1)["prediction"]
