@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pipeline.batch_result import BatchStats
 from pipeline.bench_output import BenchDir
 from pipeline.bench_report import draw, markdown
 from pipeline.bench_rows import Measured, Yardsticks, line, ray_over_in_process, rows_of
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.executor import BatchStats
 from pipeline.limit import link_bytes_per_second
 from pipeline.machine import hardware
 from pipeline.metrics import versions

@@ -6,23 +6,18 @@ A field's type and its comment are its documentation; an unknown key is an error
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pipeline.check_config import check_config
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
-from pipeline.recipes import RECIPES
 from pipeline.sampling import Sampling
-from predictor.registry import KINDS
 from predictor.training import TrainSettings
-from store.eviction import POLICIES
 
 
 def _budget(value: Any) -> Any:
@@ -229,7 +224,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     for override in overrides:
         apply(data, override)
     config = parse(data, str(path))
-    _check(config, str(path))
+    check_config(config, str(path))
     return config
 
 
@@ -238,73 +233,3 @@ def parse(data: dict[str, Any], source: str) -> Config:
     config = build(Config, data, source)
     assert isinstance(config, Config)
     return config
-
-
-def _check(config: Config, source: str) -> None:
-    """What types cannot say."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(f"{source}: {message}")
-
-    model = config.model
-    if model.path is not None:
-        require(model.config is None, "'model' has a path and a config; it must have one of them")
-        require(model.random.recipe is None, "'model.random' goes with 'model.config'; 'model.path' has weights of its own")
-    else:
-        require(model.config is not None, "'model.path' is missing; or, for random weights, 'model.config'")
-        require(model.random.recipe is not None, f"'model.random.recipe' is missing; known: {', '.join(RECIPES)}")
-        require(
-            model.tokenizer is not None,
-            "'model.tokenizer' is missing: random weights come with none; name a directory, or a hub id such as google-t5/t5-base",
-        )
-    require(config.data.path is not None or config.data.hub is not None, "'data.path' is missing")
-    choices: list[tuple[str, str | None, Iterable[str]]] = [
-        ("model.random.recipe", model.random.recipe, RECIPES),
-        ("predictor.kind", config.predictor.kind, KINDS),
-        ("store.policy", config.store.policy, POLICIES),
-        *(("plan.policies", policy, POLICIES) for policy in config.plan.policies),
-    ]
-    for key, kind, known in choices:
-        if kind is None:
-            continue
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        require(kind in known, f"{key}: there is no {kind!r}; {hint}")
-    positive = {
-        "batch.size": config.batch.size,
-        "batch.max_tokens": config.batch.max_tokens,
-        "batch.window": config.batch.window,
-        "predictor.top_k": config.predictor.top_k,
-        "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
-        "data.limit": 1 if config.data.limit is None else config.data.limit,
-        "train.epochs": config.train.epochs,
-        "train.patience": 1 if config.train.patience is None else config.train.patience,
-        "train.batch_size": config.train.batch_size,
-        "train.hidden": config.train.hidden,
-        "train.top_t": config.train.top_t,
-        "train.lr": config.train.lr,
-        "bench.rounds": config.bench.rounds,
-        "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
-        "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
-    }
-    for key, value in positive.items():
-        require(value > 0, f"{key!r} is {value}; it must be more than 0")
-    mass = config.predictor.mass
-    require(mass is None or 0 < mass <= 1, f"'predictor.mass' is {mass}; it must be more than 0 and at most 1")
-    recall = config.bench.recall
-    require(recall is None or 0 <= recall <= 1, f"'bench.recall' is {recall}; it must be between 0 and 1")
-    capacity = config.bench.capacity
-    require(0 < capacity <= 1, f"'bench.capacity' is {capacity}; it must be more than 0 and at most 1")
-    require(math.isfinite(config.train.lr), f"'train.lr' is {config.train.lr}; it must be finite")
-    for key, seed in (("seed", config.seed), ("model.random.seed", model.random.seed)):
-        require(0 <= seed < 2**63, f"{key!r} is {seed}; it must be 0 or more, and below 2**63")
-    require(0 < config.train.holdout < 1, f"'train.holdout' is {config.train.holdout}; it must be between 0 and 1")
-    require(config.train.ce_weight >= 0, f"'train.ce_weight' is {config.train.ce_weight}; it must not be negative")
-    if isinstance(config.data.text, list):
-        require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
-    require(config.generate.problem() is None, config.generate.problem() or "")
-    makes_tables = config.predictor.kind != "none"
-    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
-    if config.task == "classify":
-        require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

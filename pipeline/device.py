@@ -61,6 +61,7 @@ class Answer:
         decisions: the same with more of their probabilities, if that was asked for.
         span: when the device began and ended it, time.time_ns().
         moved: what has moved since the answer before.
+        how: on a GPU "whole" or "pieces", as it ran as CUDA graphs, or "eager: " and why it did not.
     """
 
     outputs: torch.Tensor
@@ -68,6 +69,7 @@ class Answer:
     decisions: list[LayerTrace]
     span: tuple[int, int]
     moved: Movement
+    how: str | None = None
 
 
 class Work(Protocol):

@@ -17,10 +17,11 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
-from pipeline.executor import BatchResult, Executor
+from pipeline.executor import Executor
 from pipeline.regroup import Grouping, Regrouping, chunks, rebuilt, regroup, row_tables, windows
 from pipeline.rehearsal import ArenaModel
 from pipeline.window import MAX_LOOKAHEAD, Window

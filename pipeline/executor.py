@@ -8,22 +8,21 @@ repeated, in any order, by a restarted Executor.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from pipeline.batch_result import BatchResult, BatchStats, Spoken
 from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec, Work
-from pipeline.inputs import Hear, Result
+from pipeline.inputs import Hear
 from pipeline.on_cpu import OnCPU
 from pipeline.rehearsal import ArenaModel
-from predictor.accuracy import Accuracy, compare
+from predictor.accuracy import compare
 from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
 from predictor.registry import HashPredictor, make
@@ -32,77 +31,6 @@ from predictor.traces import Trace
 from store.arena import Arena
 
 T = TypeVar("T")
-
-
-@dataclass
-class BatchStats:
-    """What one batch did; plain data, so that it can be written to the journal. Times are time.time_ns()."""
-
-    start: int
-    end: int
-    pid: int
-    tokens: int
-    predict_span: list[int] | None
-    copy_spans: list[list[int]]
-    hits: list[int]
-    misses: list[int]
-    prefetch_bytes: int
-    demand_bytes: int
-    read_in_place_bytes: int
-    stall_ms: float
-    resident: list[int]
-    """Experts in slots per MoE layer, after the batch."""
-    resident_peak_bytes: int
-    predicted_uses: float
-    """Distinct (MoE layer, expert) pairs that the batch's table expects."""
-    device_memory_peak_bytes: int | None = None
-    """On a GPU, the most that torch has held there so far."""
-    first_token_ms: float | None = None
-    """Of a task that generates, from the batch's start to the first new token of each row."""
-    token_ms: list[float] = field(default_factory=list)
-    """The same for each further step."""
-    new_tokens: int = 0
-    """Of all rows."""
-    accuracy: Accuracy = field(default_factory=Accuracy)
-    load: list[list[int]] = field(default_factory=list)
-    """Per MoE layer, tokens that the router gave each expert; empty under hash routing."""
-    predicted_load: list[list[int]] = field(default_factory=list)
-    """The same by the table's first choice."""
-
-    @property
-    def moves(self) -> int:
-        """Experts that crossed the link since the batch before: copied or read in place."""
-        return sum(experts for _, _, experts in self.copy_spans) + sum(self.misses)
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """What comes back of a batch."""
-
-    batch: int
-    results: list[Result]
-    stats: BatchStats
-    trace: Trace | None = None
-    """What the routers decided, if that is to be saved."""
-
-    def to_dict(self) -> dict:
-        """One line of the journal: all but the trace."""
-        return {"batch": self.batch, "results": self.results, "stats": asdict(self.stats)}
-
-
-class Spoken:
-    """What a batch has generated so far, and when, time.time_ns(): see `pipeline.inputs.Hear`."""
-
-    def __init__(self, hear: Hear | None):
-        self._hear = hear
-        self.times: list[int] = []
-        self.tokens: list[list[int]] = []
-
-    def __call__(self, tokens: np.ndarray, awake: np.ndarray) -> None:
-        self.times.append(time.time_ns())
-        self.tokens.append(tokens.tolist())
-        if self._hear is not None:
-            self._hear(tokens, awake)
 
 
 class Executor:
@@ -122,8 +50,9 @@ class Executor:
         self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
         self._predicting = self._ahead.submit(self._make_predictor) if self._ahead is not None else None
         # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
-        made: list[Future[Any]] = [self._starting, *([self._predicting] if self._predicting is not None else [])]
-        wait(made)
+        for made in (self._starting, self._predicting):
+            if made is not None:
+                made.exception()
         self._closed = False
         self._spoken: dict[int, Spoken] = {}
 
@@ -271,6 +200,7 @@ class Executor:
             resident=moved.resident,
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
+            how=answer.how,
             first_token_ms=float(steps[0]) if len(steps) else None,
             token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,

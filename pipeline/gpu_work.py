@@ -42,7 +42,7 @@ class GPUWork:
         with torch.cuda.stream(gpu.stream):
             self._begun = cuda.Event(stream)
             try:
-                outputs = gpu.forward(self._batch, self._inputs, self._tables, self._top_t, self._hear)
+                outputs, self._how = gpu.forward(self._batch, self._inputs, self._tables, self._top_t, self._hear)
                 self._results = outputs.results.to("cpu", non_blocking=True)
                 self._chosen = outputs.chosen.to("cpu", non_blocking=True) if outputs.chosen is not None else None
                 self._counters = gpu.counters.both.to("cpu", non_blocking=True)
@@ -58,7 +58,7 @@ class GPUWork:
         self._count()
         clock = gpu.lanes.clock
         span = (clock.ns(self._begun), clock.ns(self._ended))
-        return Answer(self._results, self._choices(), self._decisions, span, gpu.engine.take())
+        return Answer(self._results, self._choices(), self._decisions, span, gpu.engine.take(), self._how)
 
     def _choices(self) -> list[np.ndarray]:
         """Per MoE layer what the router chose for the real tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.executor import BatchStats
+from pipeline.batch_result import BatchStats
 from predictor.accuracy import Accuracy
 
 PACKAGES = ("torch", "triton", "ray", "transformers", "accelerate", "numpy", "safetensors")
@@ -53,6 +54,7 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
         "prediction": prediction_metrics(stats),
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
+        "graphs": dict(Counter(s.how for s in stats if s.how is not None).most_common()) or None,
         "executor_restarts": _restarts(stats),
     } | generation_metrics(stats)
 

@@ -124,8 +124,11 @@ class OnGPU:
         torch.cuda.synchronize(self._device)
         self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> Outputs:
-        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns."""
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
+        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.
+
+        Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
+        """
         if not self.spec.task.one_forward:
             return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
@@ -149,7 +152,7 @@ class OnGPU:
             graphed.whole.pieces[0].replay()
             outputs = graphed.whole.outputs
             self.engine.passed(batch, *range(len(outputs.counts)))
-            return outputs
+            return outputs, "whole"
         assert graphed.pieces is not None
         outputs = graphed.pieces.outputs
         graphed.pieces.pieces[0].replay()
@@ -160,7 +163,7 @@ class OnGPU:
                 self.engine.read(batch, layer)
             piece.replay()
             self.engine.passed(batch, layer)
-        return outputs
+        return outputs, "pieces"
 
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
         """On demand, what a router has named is wanted in slots."""
@@ -172,7 +175,7 @@ class OnGPU:
 
     def _eager(
         self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
-    ) -> Outputs:
+    ) -> tuple[Outputs, str]:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
@@ -182,7 +185,7 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, [])
+        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from statistics import median
 
-from pipeline.executor import BatchStats
+from pipeline.batch_result import BatchStats
 from pipeline.svg import PANEL, STYLE, WIDE, Bar, Plot, Span, bars, escape, lanes, responsive, sample, scatter
 from predictor.tokens import DECODER, RoutingShape
 

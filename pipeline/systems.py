@@ -19,11 +19,12 @@ from typing import Protocol
 
 import torch
 
+from pipeline.batch_result import BatchResult
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError
-from pipeline.executor import BatchResult, Executor
+from pipeline.executor import Executor
 from pipeline.static_gating import static_model
 from pipeline.whole import Pass, Transformers, numbers, whole_model
 from pipeline.window import Window

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.executor import BatchStats
+from pipeline.batch_result import BatchStats
 
 LANES = ("predict", "copy", "compute")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.executor import BatchResult
+from pipeline.batch_result import BatchResult
 from pipeline.prepare import Prepared
 from pipeline.trace_parts import TraceParts
 from predictor.drift import Drift

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.batch_result import BatchStats
 from pipeline.data import Batch
 from pipeline.door import stacked
 from pipeline.empty import assign, on_meta
-from pipeline.executor import BatchStats
 from pipeline.models import ModelSpec
 from pipeline.tasks import Task
 from store.layout import ArenaLayout, torch_dtype

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.executor import BatchResult, BatchStats
+from pipeline.batch_result import BatchResult, BatchStats
 from pipeline.metrics import PACKAGES, batch_metrics, fidelity, stats_of, versions
 from predictor.accuracy import Accuracy
 
@@ -52,6 +52,12 @@ def test_latencies_are_percentiles_of_the_batches():
     latencies = [1, 2, 3, 4, 100]
     metrics = batch_metrics([stats(start=0, end=ms * MS) for ms in latencies], 5, 1)
     assert metrics["latency_ms"] == pytest.approx({f"p{q}": np.percentile(latencies, q) for q in (50, 95, 99)}, abs=1e-3)
+
+
+def test_how_batches_ran_on_a_gpu_is_counted_and_on_a_cpu_there_is_nothing_to_count():
+    every = [stats(how="pieces"), stats(how="whole"), stats(how="eager: first of its shape"), stats(how="whole")]
+    assert batch_metrics(every, 4, 1)["graphs"] == {"whole": 2, "pieces": 1, "eager: first of its shape": 1}
+    assert batch_metrics([stats()], 1, 1)["graphs"] is None
 
 
 def test_accuracy_weighs_tokens_and_not_batches():

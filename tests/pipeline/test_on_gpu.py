@@ -27,10 +27,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.batch_result import BatchResult
 from pipeline.config import BatchConfig, parse
 from pipeline.data import Batch, Encoded, make_batches
 from pipeline.device import ExecutorSpec
-from pipeline.executor import BatchResult, Executor
+from pipeline.executor import Executor
 from pipeline.gpu_work import GPUWork
 from pipeline.prepare import ACTIVATION_BYTES, Prepared, prepare
 from pipeline.tasks import HeadClassify, Result, Score, TextToTextClassify

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.batch_result import BatchStats
 from pipeline.config import Config, DataConfig, ModelConfig
-from pipeline.executor import BatchStats
 from pipeline.metrics import batch_metrics
 from pipeline.report import Clock, report
 from pipeline.svg import NARROW, PANEL, WIDE, Bar, Plot, Span, bars, lanes, sample, scatter, ticks
