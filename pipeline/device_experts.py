@@ -49,6 +49,7 @@ class DeviceForward:
         top_t: record so many of the routers' probabilities per token, which asks the GPU; None: their choice alone, which does not.
         chosen: per MoE layer what the router chose, int16 (batch * tokens, top_k).
         decisions: with top_t.
+        seen: MoE layers that have run, in the first forward if there are many.
     """
 
     masks: list[torch.Tensor]
@@ -59,6 +60,7 @@ class DeviceForward:
     top_t: int | None = None
     chosen: list[torch.Tensor] = field(default_factory=list)
     decisions: list[LayerTrace] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
 
 class CurrentForward:
@@ -93,7 +95,9 @@ class DeviceExperts:
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
         mask = now.masks[self._stream].reshape(-1, 1)
-        first = len(mask) == len(hidden)  # while generating, later forwards bring one token per row
+        # While generating, later forwards bring one token per row, which may be as many as the prompt had.
+        first = len(mask) == len(hidden) and self._layer not in now.seen
+        now.seen.add(self._layer)
         if now.tables is not None and first:
             experts, weights = now.tables[self._layer]
         else:

@@ -46,9 +46,10 @@ class Executor:
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (spec.threads,))
         self._answers = ThreadPoolExecutor(1, "answer")  # another one, so that the next batch has not to wait for them
         self._starting = self._compute.submit(_make_device, spec, arena)
-        # Nor does the predictor, if it is here, wait for the model's turn: another thread, on a GPU another stream.
-        self._ahead = ThreadPoolExecutor(1, "predict", torch.set_num_threads, (1,)) if spec.predictor is not None else None
-        self._predicting = self._ahead.submit(self._make_predictor) if self._ahead is not None else None
+        # So has what is done ahead of a batch: none overtakes another. A predictor that is here has a stream of its own on a GPU.
+        own = spec.predictor is not None
+        self._ahead = ThreadPoolExecutor(1, "ahead", *((torch.set_num_threads, (1,)) if own else ()))
+        self._predicting = self._ahead.submit(self._make_predictor) if own else None
         # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
         for made in (self._starting, self._predicting):
             if made is not None:
@@ -86,19 +87,16 @@ class Executor:
         self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None
     ) -> Future[BatchResult]:
         """`execute`, without waiting for it. Batches run in the order in which they are submitted."""
-        assert routing == "exact" or prediction is not None or self._ahead is not None
+        assert routing == "exact" or prediction is not None or self._predicting is not None
         spoken = self._spoken[batch.index] = Spoken(hear)
         done: Future[BatchResult] = Future()
         done.add_done_callback(lambda _: self._spoken.pop(batch.index, None))
-        if self._ahead is not None:  # those with a prediction too: none overtakes another
-            self._ahead.submit(self._predict, batch, prediction, routing, spoken, done)
-        else:
-            self._begin(batch, prediction, routing, spoken, done)
+        self._ahead.submit(self._begin, batch, prediction, routing, spoken, done)
         return done
 
     def predict(self, tokens: TokenBatch) -> Prediction:
         """What the predictor says that is in this process, for whoever wants tables before there are batches."""
-        assert self._ahead is not None, "no predictor is here"
+        assert self._predicting is not None, "no predictor is here"
         return self._ahead.submit(lambda: timed(self._predictor, tokens)).result()
 
     def spoken(self, batch: int) -> list[list[int]]:
@@ -117,8 +115,7 @@ class Executor:
         if self._closed:
             return
         self._closed = True
-        if self._ahead is not None:
-            self._ahead.shutdown()
+        self._ahead.shutdown()
         self._compute.shutdown()
         self._answers.shutdown()
         try:
@@ -142,24 +139,18 @@ class Executor:
         self._device  # noqa: B018 (waited for, so that the backbone is brought there once)
         return make(self._spec.predictor, ArenaModel(self._spec.model, self._spec.arena, self._arena))
 
-    def _predict(
-        self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]
-    ) -> None:
-        """In the predictor's thread."""
+    def _begin(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]) -> None:
+        """Predicts a batch, if that is done here, plans it, and hands it to the compute thread."""
         try:
-            if prediction is None:
+            if prediction is None and self._predicting is not None:
                 prediction = timed(self._predictor, batch.tokens)
-            self._begin(batch, prediction, routing, spoken, done)
+            if prediction is not None:
+                self.plan(batch.index, prediction, routing)
+            table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
+            work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken)
+            self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
         except BaseException as error:
             done.set_exception(error)
-
-    def _begin(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]) -> None:
-        """Plans a batch and hands it to the compute thread."""
-        if prediction is not None:
-            self.plan(batch.index, prediction, routing)
-        table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
-        work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken)
-        self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
 
     def _run(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
         """One batch through both threads; the future gets what `finished` makes of its answer."""

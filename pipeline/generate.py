@@ -92,7 +92,8 @@ class Generate:
         return [Encoded((row, start)) for row in ids], truncated
 
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
-        inputs = padded_inputs(batch, self.pad, padded, left=self.start is None)
+        # One token, as the decoder's first, is not padded: all rows have one, and what follows would not stand behind it.
+        inputs = padded_inputs(batch, self.pad, lambda n: n if n == 1 else padded(n), left=self.start is None)
         chance = hashlib.sha256(repr((self.seed, batch.rows.tolist())).encode()).digest()  # of the rows: a resumed run has the same
         return inputs | {"seed": torch.tensor(int.from_bytes(chance[:7], "little"))}
 

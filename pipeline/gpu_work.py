@@ -27,7 +27,7 @@ class GPUWork:
 
     def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None, hear: Hear | None):
         self._gpu, self._batch, self._top_t, self._hear = gpu, batch.index, top_t, hear
-        host = gpu.spec.task.inputs(batch, padded)
+        host = gpu.spec.task.inputs(batch, padded if gpu.spec.model.may_pad else lambda longest: longest)
         masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
         self._real = [np.flatnonzero(mask) for mask in masks]
         self._tokens = [len(mask) for mask in masks]

@@ -71,6 +71,11 @@ class ModelSpec:
         return context if isinstance(context, int) and context > 0 else None
 
     @property
+    def may_pad(self) -> bool:
+        """Whether a batch may be padded further than it has to: not where a router's capacity counts all tokens of the batch."""
+        return self.config["model_type"] != "nllb-moe"
+
+    @property
     def generates(self) -> bool:
         """Whether it writes text."""
         cls = getattr(transformers, self.architecture, None)

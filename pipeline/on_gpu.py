@@ -121,8 +121,10 @@ class OnGPU:
 
     def close(self) -> None:
         self.engine.close()
-        torch.cuda.synchronize(self._device)
-        self._registered.close()
+        try:
+            torch.cuda.synchronize(self._device)
+        finally:
+            self._registered.close()
 
     def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
         """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.

@@ -93,6 +93,7 @@ class Schedule:
                 for layer in range(self._layers):
                     self._pass(past * self._layers + layer)
             self._policy.finished()
+            self._tidy()
         self._proceed()
 
     def take(self) -> Movement:
@@ -151,6 +152,14 @@ class Schedule:
         self._policy.wanted(key, position, probability)
         if key not in self.slots:
             heapq.heappush(self._queue, (position, 1 - probability, key))
+
+    def _tidy(self) -> None:
+        """Forgets what only stands in heaps: not every policy comes to look at it."""
+        while self._positions and self._positions[0] not in self._wanted:
+            heapq.heappop(self._positions)
+        if len(self._aside) > 2 * len(self._set_aside) + 64:
+            self._aside = [entry for entry in self._aside if (entry[0], entry[2]) in self._set_aside]
+            heapq.heapify(self._aside)
 
     @property
     def _now(self) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from store.arena import Arena, build
 from store.copies import CopyEngine
-from store.eviction import FIFO, LRU, POLICIES
+from store.eviction import FIFO, LRU, POLICIES, LookAhead
 from store.layout import ArenaLayout, Key
 from store.schedule import WORTH_COPYING
 from store.slots import Slots
@@ -793,3 +793,14 @@ def test_after_close_experts_can_still_be_read(make):
     in_threads(lambda: read(engine, 0, 0, A, B), lambda: read(engine, 1, 0, A, B))
     moved = engine.take()
     assert (moved.hits, moved.misses) == ([2, 0], [2, 0])
+
+
+def test_what_has_passed_is_forgotten(make):
+    """A run may be long: nothing that the schedule keeps grows with the batches behind it."""
+    engine = make(4, LookAhead)
+    for batch in range(300):
+        engine.plan(batch, sure([(batch + i) % 5 for i in range(4)], [batch % 5, (batch + 2) % 5]))
+        read(engine, batch, 0, *[(batch + i) % 5 for i in range(4)])
+        read(engine, batch, 1, batch % 5, (batch + 2) % 5)
+        engine.finish(batch)
+    assert max(map(len, (engine._aside, engine._positions, engine._queue, engine._wanted, engine._set_aside))) < 100
