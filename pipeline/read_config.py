@@ -51,7 +51,7 @@ def build(cls: type, data: Any, source: str, at: str = "") -> Any:
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            hint = f"did you mean {_join(at, near[0])!r}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{source}: unknown key {_join(at, key)!r}; {hint}")
     values = {}
     for name, f in fields.items():

@@ -215,7 +215,10 @@ def _say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
 def _say_results(metrics: dict[str, Any], path: Path) -> None:
     moved = metrics["copied_bytes"]
     quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
-    _say(f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s; {quality}")
+    _say(
+        f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s"
+        + (f"; {quality}" if quality else "")
+    )
     _say(
         f"experts: {metrics['hit_rate'] or 0:.1%} of {metrics['uses']} uses found in a slot; {_mb(moved['prefetch'])} prefetched, "
         f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "

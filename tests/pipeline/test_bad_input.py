@@ -106,7 +106,7 @@ def test_a_misspelt_key(refused, case):
     case.data["batches"] = {"size": 2}
     assert "unknown key 'batches'; did you mean 'batch'?" in refused()
     del case.data["batches"]
-    assert "unknown key 'store.bugdet'; did you mean 'budget'?" in refused("store.bugdet=10%")
+    assert "unknown key 'store.bugdet'; did you mean 'store.budget'?" in refused("store.bugdet=10%")
 
 
 def test_a_wrong_type(refused, case):

@@ -150,8 +150,9 @@ def test_what_a_key_must_be_is_said_in_words(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("modle", "model"), ("bacth", "batch"), ("output_dirs", "output_dir"), ("predictor.knd", "kind"), ("store.bugdet", "budget"),
-     ("train.epoch", "epochs"), ("data.txt", "text"), ("batch.max_token", "max_tokens")],
+    [("modle", "model"), ("bacth", "batch"), ("output_dirs", "output_dir"), ("predictor.knd", "predictor.kind"),
+     ("store.bugdet", "store.budget"), ("train.epoch", "train.epochs"), ("data.txt", "data.text"),
+     ("batch.max_token", "batch.max_tokens")],
 )  # fmt: skip
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, key, near):
     for message in (refused(tmp_path, with_value(key, 1)), refused(tmp_path, MINIMAL, f"{key}=1")):

@@ -322,7 +322,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         ("temperature=.nan", "'generate.temperature' is nan"),
         ("top_p=1.5", "'generate.top_p' is 1.5; it must be more than 0 and at most 1"),
         ("top_k=0", "'generate.top_k' is 0; it must be more than 0, or null for all"),
-        ("temprature=0.5", "unknown key 'generate.temprature'; did you mean 'temperature'?"),
+        ("temprature=0.5", "unknown key 'generate.temprature'; did you mean 'generate.temperature'?"),
         ("repetition_penalty=1.1", "unknown key 'generate.repetition_penalty'"),
     ],
 )
