@@ -68,7 +68,7 @@ def test_submit_does_not_wait_for_a_prediction_and_none_overtakes_another(served
         assert_right(prepared, whole, batch, result)
         assert result.stats.predict_span is not None
     assert sorted(done) == done == [batch.index for batch in prepared.batches]
-    assert len(asked) == len(prepared.batches) - 1 and all(name.startswith("predict") for name in asked)
+    assert len(asked) == len(prepared.batches) - 1 and all(name.startswith("ahead") for name in asked)
 
 
 def test_a_prediction_that_fails_is_that_batchs_error_and_no_other_batchs(served, monkeypatch):

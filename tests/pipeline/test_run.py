@@ -204,7 +204,7 @@ def test_an_interrupted_run_says_how_to_go_on(settings, tmp_path):
     interrupted = launch(tmp_path, settings())
     AtRow(tmp_path / "out", 5, lambda: interrupted.send_signal(signal.SIGINT)).join()
     text, _ = interrupted.communicate()
-    assert interrupted.returncode == 130
+    assert interrupted.returncode == 130, text
     assert text.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in text
     assert arenas(tmp_path) == []
