@@ -148,11 +148,16 @@ def test_several_kills_in_one_run(reference, settings, tmp_path):
 
 
 def launch(tmp_path: Path, plain: dict, *arguments: str, **environment: str) -> subprocess.Popen:
-    """The launcher as its user starts it, with a Ray of its own."""
+    """The launcher as its user starts it, with a Ray of its own. Ctrl-C counts, also where these tests run in a shell's background,
+    which has its children ignore it."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | environment
     command = [sys.executable, str(ROOT / "runner.py"), "run", str(tmp_path / "config.yaml"), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def test_a_killed_runner_is_resumed_by_the_same_command_and_leaves_nothing_that_clean_does_not_know(reference, settings, tmp_path):
@@ -202,18 +207,7 @@ def test_overlap_order_changes_no_answer_and_a_killed_run_of_it_goes_on_with_the
 
 def test_an_interrupted_run_says_how_to_go_on(settings, tmp_path):
     interrupted = launch(tmp_path, settings())
-    journal = tmp_path / "out" / "journal.jsonl"
-
-    def interrupt() -> None:
-        """As a person would: once more if the run goes on. Python drops one that comes while it finalises an object."""
-        interrupted.send_signal(signal.SIGINT)
-        for _ in range(100):
-            time.sleep(0.01)
-            if journal.exists() and journal.read_bytes().count(b"\n") >= len(ROWS) // 2:
-                interrupted.send_signal(signal.SIGINT)
-                return
-
-    AtRow(tmp_path / "out", 5, interrupt).join()
+    AtRow(tmp_path / "out", 5, lambda: interrupted.send_signal(signal.SIGINT)).join()
     text, _ = interrupted.communicate()
     assert interrupted.returncode == 130, text
     assert text.splitlines()[-1].startswith("interrupted")
