@@ -115,13 +115,13 @@ def _run(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from pipeline.config import load_config
-    from pipeline.train import train
+    from pipeline.predicting.train import train
 
     train(load_config(options.config, options.overrides))
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from pipeline.bench import bench
+    from pipeline.bench.command import bench
     from pipeline.config import load_config
 
     bench(load_config(options.config, options.overrides))
@@ -129,7 +129,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from pipeline.config import load_config
-    from pipeline.plan import plan
+    from pipeline.plan.command import plan
 
     plan(load_config(options.config, options.overrides))
 

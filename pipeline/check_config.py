@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
-from pipeline.recipes import RECIPES
+from pipeline.weights.recipes import RECIPES
 from predictor.registry import KINDS
 from store.eviction import POLICIES
 

@@ -16,7 +16,7 @@ import yaml
 from pipeline.check_config import check_config
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
-from pipeline.sampling import Sampling
+from pipeline.tasks.sampling import Sampling
 from predictor.training import TrainSettings
 
 
@@ -37,7 +37,7 @@ def _labels(value: Any) -> Any:
 @dataclass(frozen=True)
 class RandomConfig:
     recipe: str | None = None
-    """How wide the numbers are spread; see pipeline/recipes.py."""
+    """How wide the numbers are spread; see pipeline/weights/recipes.py."""
     seed: int = 0
 
 
@@ -149,7 +149,7 @@ class ClusterConfig:
 @dataclass(frozen=True)
 class BenchConfig:
     systems: list[str] = field(default_factory=lambda: ["ray", "in_process"])
-    """Which are set side by side; docs/benchmarks.md describes them, pipeline/systems.py makes them."""
+    """Which are set side by side; docs/benchmarks.md describes them, pipeline/bench/systems.py makes them."""
     batch_sizes: list[int] = field(default_factory=list)
     """Empty: batch.size."""
     budgets: list[str] = field(default_factory=list)

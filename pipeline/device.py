@@ -1,4 +1,4 @@
-"""What an Executor runs on: one door to a CPU (on_cpu.py) and to a GPU (on_gpu.py).
+"""What an Executor runs on: one door to a CPU (on_cpu.py) and to a GPU (gpu/on_gpu.py).
 
 Both keep experts in slots under a budget and the rest a read away, and give the same answers.
 """
@@ -16,7 +16,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
-from pipeline.tasks import Task
+from pipeline.tasks.registry import Task
 from predictor.hash_table import HashTable
 from predictor.registry import PredictorSpec
 from predictor.traces import LayerTrace

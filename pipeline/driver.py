@@ -22,8 +22,8 @@ from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import Executor
+from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.regroup import Grouping, Regrouping, chunks, rebuilt, regroup, row_tables, windows
-from pipeline.rehearsal import ArenaModel
 from pipeline.window import MAX_LOOKAHEAD, Window
 from predictor.actor import Prediction, Predictor
 from predictor.registry import PredictorSpec

@@ -21,7 +21,7 @@ from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec, Work
 from pipeline.inputs import Hear
 from pipeline.on_cpu import OnCPU
-from pipeline.rehearsal import ArenaModel
+from pipeline.predicting.rehearsal import ArenaModel
 from predictor.accuracy import compare
 from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
@@ -211,7 +211,7 @@ class Executor:
 def _make_device(spec: ExecutorSpec, arena: Arena) -> Device:
     if spec.device == "cpu":
         return OnCPU(spec, arena)
-    from pipeline.on_gpu import OnGPU  # not on a machine without one: it needs Triton
+    from pipeline.gpu.on_gpu import OnGPU  # not on a machine without one: it needs Triton
 
     return OnGPU(spec, arena)
 

@@ -19,14 +19,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from pipeline.config import ModelConfig
-from pipeline.door import NAME, stacked
-from pipeline.empty import assign, kept_dtypes, on_meta
 from pipeline.errors import ModelError
-from pipeline.families import nobody, serve
-from pipeline.hub import headers, local_checkpoint, local_tokenizer
-from pipeline.published import PublishedSource
-from pipeline.recipes import RECIPES
+from pipeline.families.adapters import nobody, serve
+from pipeline.families.door import NAME, stacked
 from pipeline.routing import MakeExperts, MoELayer
+from pipeline.weights.empty import assign, kept_dtypes, on_meta
+from pipeline.weights.hub import headers, local_checkpoint, local_tokenizer
+from pipeline.weights.published import PublishedSource
+from pipeline.weights.recipes import RECIPES
 from predictor.tokens import RoutingShape
 from store.arena import Arena
 from store.checkpoint import Checkpoint

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline import stand_ins
 from pipeline.config import Config, StoreConfig
 from pipeline.data import Batch, Row, make_batches, read_rows
 from pipeline.device import ExecutorSpec
 from pipeline.errors import ConfigError, ModelError
 from pipeline.machine import cores, free_device_memory
 from pipeline.models import ModelSpec, describe
-from pipeline.predictor_place import choose_predictor_device, planned_stand_ins, slots_beside
-from pipeline.rehearsal import ArenaModel
-from pipeline.tasks import Task, make_task
+from pipeline.predicting import stand_ins
+from pipeline.predicting.place import choose_predictor_device, planned_stand_ins, slots_beside
+from pipeline.predicting.rehearsal import ArenaModel
+from pipeline.tasks.registry import Task, make_task
 from predictor.registry import HashPredictor, PredictorSpec, check, make
 from predictor.stand_ins import Plan
 from predictor.traces import TOP_T

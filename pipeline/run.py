@@ -15,16 +15,16 @@ from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
-from pipeline.generate import Generate
-from pipeline.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
-from pipeline.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
+from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
-from pipeline.report import report
-from pipeline.speaker import Speaker
-from pipeline.timeline import timeline
-from pipeline.watch import Watch
+from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
+from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
+from pipeline.reports.page import report
+from pipeline.reports.timeline import timeline
+from pipeline.tasks.generate import Generate
+from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
 from store.actor import ArenaInfo
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.data import Batch
-from pipeline.tasks import Task
+from pipeline.tasks.registry import Task
 
 torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait for each other
 
@@ -53,7 +53,7 @@ def save_switch(directory: Path, seed: int = 0, head: bool = False, max_shard_si
     """
     from transformers import SwitchTransformersForConditionalGeneration
 
-    from pipeline.classifier import SwitchTransformersForSequenceClassification
+    from pipeline.tasks.classifier import SwitchTransformersForSequenceClassification
 
     torch.manual_seed(seed)
     cls = SwitchTransformersForSequenceClassification if head else SwitchTransformersForConditionalGeneration

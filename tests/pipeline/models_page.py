@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from pipeline.door import ACTIVATIONS, Door
-from pipeline.quantised import QUANTISED
+from pipeline.families.door import ACTIVATIONS, Door
+from pipeline.weights.quantised import QUANTISED
 from tests.pipeline.family_table import NOT_SERVED, NOT_WRITING
 from tests.pipeline.tiny_families import SEEING, architecture, families, tiny_config
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import runner
 from pipeline.config import parse
-from pipeline.output import OutputDir
+from pipeline.reports.output import OutputDir
 from predictor.tokens import RoutingShape, TokenBatch
 from predictor.traces import LayerTrace, Trace, save
 from store.checkpoint import INDEX, SINGLE

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import systems
-from pipeline.bench import bench
-from pipeline.bench_output import BenchDir
-from pipeline.bench_report import COLUMNS, draw, markdown
-from pipeline.bench_rows import Measured, _errors, ray_over_in_process
+from pipeline.bench import systems
+from pipeline.bench.command import bench
+from pipeline.bench.output import BenchDir
+from pipeline.bench.report import COLUMNS, draw, markdown
+from pipeline.bench.rows import Measured, _errors, ray_over_in_process
+from pipeline.bench.systems import SYSTEMS, Combination, check_systems
+from pipeline.bench.whole import Pass
+from pipeline.bench.workload import _recall
 from pipeline.config import Config, load_config, parse
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.prepare import prepare
-from pipeline.systems import SYSTEMS, Combination, check_systems
-from pipeline.whole import Pass
-from pipeline.workload import _recall
 from predictor.hash_function import HashFunction
 from predictor.hash_table import HashTable
 from predictor.registry import save_lstm

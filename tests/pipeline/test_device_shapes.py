@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from pipeline import grouping, kernels
-from pipeline.door import Door, DoorExpert
 from pipeline.errors import ModelError
-from pipeline.own_routers import TwoLinears
+from pipeline.families.door import Door, DoorExpert
+from pipeline.families.own_routers import TwoLinears
+from pipeline.gpu import grouping, kernels
 from pipeline.routing import Expert
 from store.layout import BlockLayout, LayerLayout
 from tests.pipeline.interpreted import Interpreter

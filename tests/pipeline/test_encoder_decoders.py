@@ -10,7 +10,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 from pipeline.data import Batch
 from pipeline.inputs import encoder_decoder_logits, padded_inputs
-from pipeline.sampling import Sampling
+from pipeline.tasks.sampling import Sampling
 from predictor.tokens import TokenBatch
 from tests.conftest import save_switch
 from tests.pipeline.test_families import NEW_TOKENS, Served, Written
@@ -18,7 +18,7 @@ from tests.pipeline.tiny_families import roughen
 
 
 class Logits:
-    """The logits of all real decoder tokens (pipeline.tasks.Task)."""
+    """The logits of all real decoder tokens (pipeline.tasks.registry.Task)."""
 
     one_forward = True
 

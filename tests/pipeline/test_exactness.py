@@ -13,8 +13,8 @@ import torch
 
 from pipeline.config import Config, parse
 from pipeline.executor import Executor
+from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.prepare import Prepared, made_stand_ins, prepare
-from pipeline.rehearsal import ArenaModel
 from predictor.actor import Predictor
 from predictor.hash_function import HashFunction
 from predictor.hash_table import Width

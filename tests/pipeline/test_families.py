@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.bench.whole import whole_model
 from pipeline.config import ModelConfig, RandomConfig
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
-from pipeline.generate import Generate
 from pipeline.inputs import padded_inputs
 from pipeline.models import ModelSpec, describe
-from pipeline.reference import named_tensors
-from pipeline.sampling import Sampling
-from pipeline.whole import whole_model
+from pipeline.tasks.generate import Generate
+from pipeline.tasks.sampling import Sampling
+from pipeline.weights.reference import named_tensors
 from predictor.actor import timed
 from predictor.baselines import Oracle, Random
 from predictor.nobody import Nobody
@@ -40,7 +40,7 @@ STOP = 1
 
 
 class Logits:
-    """A task that answers with all logits of real tokens, row after row (pipeline.tasks.Task)."""
+    """A task that answers with all logits of real tokens, row after row (pipeline.tasks.registry.Task)."""
 
     one_forward = True
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import StoreConfig, parse
 from pipeline.errors import ConfigError
 from pipeline.executor import Executor
-from pipeline.footprint import footprint
+from pipeline.plan.footprint import footprint
 from pipeline.prepare import arena_directory, own_predictor, prepare
 from predictor.actor import timed
 from store.load import load

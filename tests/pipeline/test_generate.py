@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pipeline.bench import bench
+from pipeline.bench.command import bench
 from pipeline.config import Config, load_config, parse
 from pipeline.data import Batch, Row
 from pipeline.errors import USER_ERRORS, ConfigError, DataError, ModelError
 from pipeline.executor import Executor
-from pipeline.generate import DONE, Generate
-from pipeline.metrics import batch_metrics
+from pipeline.predicting.train import train
 from pipeline.prepare import Prepared, prepare
-from pipeline.speaker import Speaker
-from pipeline.train import train
+from pipeline.reports.metrics import batch_metrics
+from pipeline.tasks.generate import DONE, Generate
+from pipeline.tasks.speaker import Speaker
 from predictor.actor import timed
 from predictor.nobody import Nobody
 from store.actor import ExpertStore
@@ -361,7 +361,7 @@ def test_a_task_travels_without_its_tokenizer(model):
     """Ray sends it to the Executor, which reads the tokenizer for itself."""
     import pickle
 
-    from pipeline.sampling import Sampling
+    from pipeline.tasks.sampling import Sampling
 
     task = Generate(Sampling(), 0, (STOP,), None, None, None, model[0], 0)
     assert len(pickle.dumps(task)) < 2000

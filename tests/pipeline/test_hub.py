@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ModelError
-from pipeline.hub import PICKLED, PICKLED_INDEX, local_checkpoint
+from pipeline.weights.hub import PICKLED, PICKLED_INDEX, local_checkpoint
 from store.checkpoint import INDEX, SINGLE, Checkpoint
 from store.errors import CheckpointError
 
@@ -220,7 +220,7 @@ def test_a_missing_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch)
     def never(*arguments, **options):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("pipeline.hub.snapshot_download", never)
+    monkeypatch.setattr("pipeline.weights.hub.snapshot_download", never)
     assert "no such directory" in refused("assets/typo")
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import grouping, kernels
 from pipeline.expert_shape import ExpertShape
-from pipeline.grouping import Groups
+from pipeline.gpu import grouping, kernels
+from pipeline.gpu.grouping import Groups
 from store.layout import ALIGNMENT, BlockLayout
 from tests.pipeline.interpreted import Interpreter
 

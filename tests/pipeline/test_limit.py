@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from pipeline.limit import fewest_moves
+from pipeline.bench.limit import fewest_moves
 from store.layout import Key
 
 

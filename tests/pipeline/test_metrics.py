@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.batch_result import BatchResult, BatchStats
-from pipeline.metrics import PACKAGES, batch_metrics, fidelity, stats_of, versions
+from pipeline.reports.metrics import PACKAGES, batch_metrics, fidelity, stats_of, versions
 from predictor.accuracy import Accuracy
 
 MS = 1_000_000

@@ -32,9 +32,9 @@ from pipeline.config import BatchConfig, parse
 from pipeline.data import Batch, Encoded, make_batches
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
-from pipeline.gpu_work import GPUWork
+from pipeline.gpu.work import GPUWork
 from pipeline.prepare import ACTIVATION_BYTES, Prepared, prepare
-from pipeline.tasks import HeadClassify, Result, Score, TextToTextClassify
+from pipeline.tasks.registry import HeadClassify, Result, Score, TextToTextClassify
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle, Random, Worsened
 from predictor.hash_function import HashFunction, LSTMPredictor

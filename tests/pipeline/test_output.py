@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config import Config, parse
 from pipeline.errors import ConfigError
-from pipeline.output import JOURNAL, METRICS, PREDICTIONS, STATE, InOrder, OutputDir
+from pipeline.reports.output import JOURNAL, METRICS, PREDICTIONS, STATE, InOrder, OutputDir
 from tests.conftest import ROOT, read_jsonl
 
 
@@ -92,7 +92,7 @@ def test_only_the_first_line_and_that_unfinished_is_a_fresh_start(tmp_path):
 KILLED = """
 import os, signal, sys
 from pipeline.config import parse
-from pipeline.output import OutputDir
+from pipeline.reports.output import OutputDir
 plain = {"model": {"path": "m"}, "data": {"path": "d.tsv"}, "labels": {"0": "bad", "1": "good"}, "output_dir": sys.argv[1]}
 run = OutputDir(parse(plain, "test"))
 run.start_anew("inputs")

@@ -14,19 +14,19 @@ import pytest
 import torch
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from pipeline import footprint as footprints
-from pipeline import hub
 from pipeline.config import Config, parse
 from pipeline.errors import ModelError
 from pipeline.executor import Executor
-from pipeline.expected import MIN, Expected, Pace, Routed, expect, knee, simulated
-from pipeline.footprint import footprint
-from pipeline.output import OutputDir
-from pipeline.plan import plan, table
+from pipeline.plan import footprint as footprints
+from pipeline.plan.command import plan, table
+from pipeline.plan.expected import MIN, Expected, Pace, Routed, expect, knee, simulated
+from pipeline.plan.footprint import footprint
+from pipeline.plan.recorded import replay
+from pipeline.predicting.train import train
 from pipeline.prepare import prepare
-from pipeline.recorded import replay
+from pipeline.reports.output import OutputDir
 from pipeline.run import run
-from pipeline.train import train
+from pipeline.weights import hub
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Random

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.cluster import cluster
 from pipeline.config import parse
+from pipeline.predicting.train import train
 from pipeline.run import run
-from pipeline.train import train
 from predictor.stand_ins import StandIns, load, save
 from tests.conftest import SENTENCES, config_data, read_jsonl, save_switch, write_tsv
 

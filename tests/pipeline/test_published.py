@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.models import describe
-from pipeline.published import Published
+from pipeline.weights.published import Published
 from store.arena import Arena
 from store.checkpoint import INDEX, SINGLE
 from store.errors import CheckpointError

@@ -10,15 +10,15 @@ import torch
 import transformers
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from pipeline.classifier import SwitchTransformersForSequenceClassification
 from pipeline.config import Config, ModelConfig, RandomConfig, load_config, parse
 from pipeline.errors import USER_ERRORS, ModelError
 from pipeline.executor import Executor
 from pipeline.models import ModelSpec, describe
 from pipeline.prepare import Prepared, prepare
-from pipeline.recipes import RECIPES
-from pipeline.reference import named_tensors
 from pipeline.run import run
+from pipeline.tasks.classifier import SwitchTransformersForSequenceClassification
+from pipeline.weights.recipes import RECIPES
+from pipeline.weights.reference import named_tensors
 from store.actor import ExpertStore
 from store.random_weights import RandomTensor
 from tests.conftest import ROOT, SENTENCES, TOKENIZER, answers, config_data, read_jsonl, switch_config, write_tsv

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import stand_ins
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
-from pipeline.rehearsal import ArenaModel
+from pipeline.predicting import stand_ins
+from pipeline.predicting.rehearsal import ArenaModel
 from predictor.errors import PredictorError
 from predictor.hash_table import HashTable, Width
 from predictor.registry import PredictorSpec

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import stand_ins
 from pipeline.config import Config, parse
 from pipeline.executor import Executor
+from pipeline.predicting import stand_ins
+from pipeline.predicting.rehearsal import ArenaModel
+from pipeline.predicting.train import record
 from pipeline.prepare import Prepared, made_stand_ins, own_predictor, prepare
-from pipeline.rehearsal import ArenaModel
-from pipeline.train import record
 from predictor.distil import Distillation
 from predictor.hash_table import Width
 from predictor.rehearsal import Rehearsal

@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.batch_result import BatchStats
 from pipeline.config import Config, DataConfig, ModelConfig
-from pipeline.metrics import batch_metrics
-from pipeline.report import Clock, report
-from pipeline.svg import NARROW, PANEL, WIDE, Bar, Plot, Span, bars, lanes, sample, scatter, ticks
+from pipeline.reports.metrics import batch_metrics
+from pipeline.reports.page import Clock, report
+from pipeline.reports.svg import NARROW, PANEL, WIDE, Bar, Plot, Span, bars, lanes, sample, scatter, ticks
 from predictor.accuracy import Accuracy
 from predictor.tokens import RoutingShape
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import simulate as simulating
+from pipeline.bench.workload import experts_used, record_batches
 from pipeline.config import parse
 from pipeline.executor import Executor
+from pipeline.plan import simulate as simulating
+from pipeline.plan.simulate_report import draw
 from pipeline.prepare import prepare
-from pipeline.simulate_report import draw
-from pipeline.workload import experts_used, record_batches
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Oracle, Random

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.bench import bench
+from pipeline.bench.command import bench
+from pipeline.bench.static_gating import masks, static_model, waste_factor
 from pipeline.config import parse
 from pipeline.prepare import prepare
-from pipeline.static_gating import masks, static_model, waste_factor
 from store.load import load
 from tests.conftest import SENTENCES, answers, config_data, save_switch, write_tsv
 

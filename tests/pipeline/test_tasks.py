@@ -14,7 +14,7 @@ from pipeline.config import Config, ModelConfig, parse
 from pipeline.data import BatchConfig, Row, make_batches
 from pipeline.errors import ConfigError
 from pipeline.models import describe
-from pipeline.tasks import make_task
+from pipeline.tasks.registry import make_task
 from predictor.tokens import DECODER, ENCODER
 from tests.conftest import SENTENCES, TOKENIZER, answers, save_switch
 

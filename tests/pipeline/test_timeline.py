@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.timeline import LANES, timeline
+from pipeline.reports.timeline import LANES, timeline
 from tests.pipeline.test_metrics import MS, stats
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.trace_parts import TraceParts
+from pipeline.predicting.trace_parts import TraceParts
 from predictor.tokens import ENCODER, RoutingShape
 from predictor.traces import join, load, select
 from tests.predictor.made_traces import ragged, random_trace, same_trace

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipeline.training_curve import training_curve
+from pipeline.predicting.training_curve import training_curve
 from predictor.checkpoint import Epoch
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import parse
-from pipeline.widths import MASSES, TOP_KS, count, main, widths
+from pipeline.predicting.widths import MASSES, TOP_KS, count, main, widths
 from predictor.hash_table import HashTable
 from predictor.tokens import TokenBatch
 from predictor.traces import LayerTrace, Trace

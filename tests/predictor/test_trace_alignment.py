@@ -12,8 +12,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from pipeline.config import parse
 from pipeline.executor import Executor
+from pipeline.predicting.train import record
 from pipeline.prepare import prepare
-from pipeline.train import record
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import Width
 from predictor.tokens import DECODER, ENCODER

@@ -1,7 +1,7 @@
 """A device without a device: two lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
 
 A layer runs in any number of parts, each of which computes those experts that it finds in slots and no part before it has
-computed; the last computes all that are left (pipeline/grouping.py).
+computed; the last computes all that are left (pipeline/gpu/grouping.py).
 
 Bytes are not moved: a slot holds an expert, by name, or rubbish. Every operation of a lane is one step, and whoever drives the
 model decides which lane steps next; whatever a step reads is checked where it is read, and the table after every step.

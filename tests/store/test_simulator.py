@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pipeline.limit import fewest_moves
+from pipeline.bench.limit import fewest_moves
 from store.copies import CopyEngine
 from store.eviction import POLICIES
 from store.movement import Movement

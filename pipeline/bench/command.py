@@ -1,0 +1,181 @@
+"""`bench`: systems side by side on one workload, in turn, in one sitting; bench.json has what came out.
+
+For every batch size the workload is recorded once: what its routers decide, and what transformers answers in float32. Then every
+system answers the same batches, round after round, all systems in one round before the next begins. A time counts only beside the
+error of the same answers.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pipeline.batch_result import BatchStats
+from pipeline.bench.limit import link_bytes_per_second
+from pipeline.bench.output import BenchDir
+from pipeline.bench.report import draw, markdown
+from pipeline.bench.rows import Measured, Yardsticks, line, ray_over_in_process, rows_of
+from pipeline.bench.systems import SYSTEMS, Bench, check_systems
+from pipeline.bench.workload import Combination, Workload, mapped, record_workload
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.machine import hardware
+from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
+from pipeline.progress import bar
+from pipeline.reports.metrics import versions
+from pipeline.reports.timeline import timeline
+from store.actor import ArenaInfo, ExpertStore
+from store.slots import parse_budget
+
+WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
+"""Not counted: slots are filled; on a GPU kernels are compiled, and every shape's graphs recorded when it is seen again."""
+TIMELINE_BATCHES = 64
+"""No more in a timeline than can be looked at."""
+
+
+def bench(config: Config) -> dict[str, Any]:
+    """Runs `bench.rounds` rounds of every system, after some that do not count, for every batch size and budget.
+
+    Raises:
+        One of USER_ERRORS: what the user gave cannot work.
+    """
+    if config.task == "generate":
+        raise ConfigError("task: bench measures one forward per batch, not generation; write `task: score` or `task: classify`")
+    device = choose_device(config.device)
+    check_systems(config, device)
+    if device == "cpu" and {"transformers", "cpu"} <= {*config.bench.systems}:
+        print("cpu is left out: on this device it is what transformers is")
+        config = replace(config, bench=replace(config.bench, systems=[name for name in config.bench.systems if name != "cpu"]))
+    first = prepare(config)
+    for budget in config.bench.budgets:
+        parse_budget(budget, first.layout.expert_bytes, first.layout.slot_bytes, first.layout.nbytes, "bench.budgets")
+    if config.predictor.path is not None:
+        check_predictor(first)
+    threads = torch.get_num_threads()
+    with BenchDir(config) as output:
+        store = ExpertStore(first.arena, first.model.source, first.model.placement)
+        try:
+            with bar("placing experts", first.layout.nbytes, unit="B") as shown:
+                arena = store.open(shown.update)
+            report = _bench(config, first, arena, output)
+        finally:
+            store.close(config.store.keep)
+            torch.set_num_threads(threads)
+        if report["ray_over_in_process"] is not None:
+            ratio = report["ray_over_in_process"]
+            print(f"Ray's pipeline has {ratio['median']:.1%} of the throughput of direct calls (rounds: {ratio['rounds']})")
+        for path in [output.path / "bench.json", output.path / "bench.md", *draw(report, output.path)]:
+            print(f"wrote {path}")
+    return report
+
+
+def _bench(config: Config, first: Prepared, arena: ArenaInfo, output: BenchDir) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "hardware": hardware(first.device),
+        "versions": versions(),
+        "link_gb_per_s": None,
+        "arena": {"bytes": arena.nbytes, "warm_start": arena.warm_start, "seconds": round(arena.seconds, 3)},
+        "expert_bytes": first.layout.expert_bytes,
+        "backbone_bytes": first.layout.backbone_bytes,
+        "ray_over_in_process": None,
+        "rows": [],
+    }
+    link = _link(first) if first.device != "cpu" else None
+    report["link_gb_per_s"] = round(link / 1e9, 2) if link else None
+    for size in config.bench.batch_sizes or [config.batch.size]:
+        prepared = prepare(replace(config, batch=replace(config.batch, size=size)))
+        prepared = replace(prepared, batches=prepared.batches[: config.bench.batches])
+        with tempfile.TemporaryDirectory() as directory:
+            workload = record_workload(prepared, arena, Path(directory))
+            for row in _measure(workload, link, output):
+                report["rows"].append(row)
+                report["ray_over_in_process"] = ray_over_in_process(report["rows"])
+                print(line(row), flush=True)
+                output.write_report(report)
+                output.write("bench.md", markdown(report))
+    return report
+
+
+def _link(prepared: Prepared) -> float:
+    with mapped(prepared) as arena:
+        return link_bytes_per_second(arena.memory, prepared.layout.slot_bytes, torch.device(prepared.device))
+
+
+def _measure(workload: Workload, link: float | None, output: BenchDir) -> Iterator[dict[str, Any]]:
+    """Rows of one batch size. Those that know no budget take their turns with the first budget's."""
+    config = workload.prepared.config
+    yardsticks = Yardsticks(link)
+    for number, budget in enumerate(config.bench.budgets or [config.store.budget]):
+        combinations = [
+            combination
+            for name in config.bench.systems
+            for combination in SYSTEMS[name].combinations(workload, name, budget)
+            if number == 0 or SYSTEMS[name].has_budget
+        ]
+        measured = _take_turns(workload, combinations)
+        for one in measured:
+            if one.combination.system == "sida":
+                one.timeline = _timeline_name(workload, one.combination)
+                output.write(one.timeline, timeline(_in_one_lane(one.passes[-1].stats[:TIMELINE_BATCHES])))
+        yardsticks = yardsticks.learned(workload, measured)
+        yield from rows_of(workload, measured, yardsticks)
+
+
+def _take_turns(workload: Workload, combinations: list[Combination]) -> list[Measured]:
+    """Sets all up, runs them in turn, takes all down."""
+    rounds = workload.prepared.config.bench.rounds
+    warm_up = WARM_UP_ROUNDS[torch.device(workload.prepared.device).type]
+    measured = []
+    with _benches(workload, combinations) as benches:
+        measured = [Measured(combination) for combination in combinations]
+        turns = [(number, which) for number in range(-warm_up, rounds) for which in _order(len(benches), number)]
+        for number, which in tqdm(turns, desc=f"batches of {workload.batch_size}", leave=False, disable=None):
+            done = benches[which].run(workload.batches)
+            if number >= 0:
+                measured[which].passes.append(done)
+        for one, each in zip(measured, benches, strict=True):
+            one.device_memory_peak_bytes = each.device_memory_peak_bytes
+    return measured
+
+
+def _order(count: int, number: int) -> list[int]:
+    """Who goes first changes from round to round."""
+    return [(i + number) % count for i in range(count)]
+
+
+@contextmanager
+def _benches(workload: Workload, combinations: list[Combination]) -> Iterator[list[Bench]]:
+    benches: list[Bench] = []
+    try:
+        for combination in combinations:
+            benches.append(Bench(combination, workload))
+        yield benches
+    finally:
+        for each in reversed(benches):
+            each.close()
+
+
+def _timeline_name(workload: Workload, given: Combination) -> str:
+    parts = (given.system, workload.batch_size, given.budget, given.predictor)
+    return "-".join(["timeline", *(re.sub(r"[^\w.]+", "-", str(part)).strip("-") for part in parts)]) + ".json"
+
+
+def _in_one_lane(stats: list[BatchStats]) -> list[BatchStats]:
+    """The tables were made before the rounds and handed over several at once; here each is made as late as one predictor could."""
+    moved, latest = [], 2**63
+    for s in reversed(stats):
+        span = s.predict_span
+        if span is not None:
+            end = min(span[1], latest)
+            latest = end - (span[1] - span[0])
+            span = [latest, end]
+        moved.append(replace(s, predict_span=span))
+    return moved[::-1]

@@ -1,0 +1,265 @@
+"""The systems that `bench` sets side by side, by name; each answers a list of batches and says how long it took.
+
+Baselines get their best setting: transformers' weights lie on the device whole; accelerate keeps the
+backbone and a budget of experts there, as `sida` does, and brings the rest from registered memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+
+from pipeline.batch_result import BatchResult
+from pipeline.bench.static_gating import static_model
+from pipeline.bench.whole import Pass, Transformers, numbers, whole_model
+from pipeline.bench.workload import Combination, Workload, mapped
+from pipeline.config import Config
+from pipeline.data import Batch
+from pipeline.device import ExecutorSpec
+from pipeline.errors import ConfigError
+from pipeline.executor import Executor
+from pipeline.window import Window
+from predictor.actor import Prediction
+from store import cuda
+
+
+class Running(Protocol):
+    """A system that is set up."""
+
+    def run(self, batches: list[Batch]) -> Pass: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """This project's Executor called directly, tables as far ahead as the window says: the driver's loop without actors."""
+
+    def __init__(self, workload: Workload, given: Combination, spec: ExecutorSpec, routing: str = "exact", goes_on: bool = True):
+        """
+        Args:
+            goes_on: the tables of the next round's first batches are known when a round ends, as those of the next inputs are
+                under steady load; otherwise, as at the end of a run, there is nothing to look ahead to.
+        """
+        self._workload, self._predictor, self._routing, self._goes_on = workload, given.predictor, routing, goes_on
+        self._executor = Executor(spec)
+        self._executor.ready()
+        self._window = Window(spec.slots, workload.prepared.config.predictor.lookahead)
+        self._next = self._planned = 0  # batches are numbered on from round to round
+
+    def run(self, batches: list[Batch]) -> Pass:
+        waiting, under_way = deque(batches), deque[Future[BatchResult]]()
+        outputs, times, stats = [], [], []
+        start = last = time.perf_counter()
+        while waiting or under_way:
+            while waiting and len(under_way) <= self._window.lookahead:
+                under_way.append(self._submit(waiting.popleft()))
+            if self._goes_on:
+                self._plan_on(batches, self._window.lookahead + 1 - len(under_way))
+            result = under_way.popleft().result()
+            now = time.perf_counter()
+            self._window.saw(result.stats.predicted_uses)
+            times.append((now - last) * 1e3)
+            last = now
+            outputs.append(numbers(result.results))
+            stats.append(result.stats)
+        return Pass(time.perf_counter() - start, outputs, times, stats)
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _submit(self, batch: Batch) -> Future[BatchResult]:
+        number, self._next = self._next, self._next + 1
+        return self._executor.submit(replace(batch, index=number), self._table(batch), self._routing)
+
+    def _plan_on(self, batches: list[Batch], count: int) -> None:
+        """Tells the Executor of the next round's first batches."""
+        for number in range(max(self._next, self._planned), self._next + count):
+            table = self._table(batches[number % len(batches)])
+            if table is not None:
+                self._executor.plan(number, table, self._routing)
+            self._planned = number + 1
+
+    def _table(self, batch: Batch) -> Prediction | None:
+        return None if self._predictor is None else _handed_over(self._workload.table(self._predictor, batch))
+
+
+def _handed_over(prediction: Prediction) -> Prediction:
+    """A recorded table, as if it had been made just now."""
+    now = time.time_ns()
+    return replace(prediction, start=now - (prediction.end - prediction.start), end=now)
+
+
+def _transformers(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device(workload.prepared.device)
+    with mapped(prepared) as arena:
+        memory = arena.memory.to(device)
+        return Transformers(whole_model(prepared.model, arena.layout, memory, device), prepared.task, device)
+
+
+def _cpu(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device("cpu")
+    with mapped(prepared) as arena:
+        return Transformers(whole_model(prepared.model, arena.layout, arena.memory, device), prepared.task, device)
+
+
+class Accelerate(Transformers):
+    """accelerate's offload: as much of the model on the device as `sida` has there, the rest brought by hooks when it runs."""
+
+    def __init__(self, workload: Workload, given: Combination):
+        from accelerate import dispatch_model, infer_auto_device_map  # an extra, for this baseline alone
+
+        prepared, device = workload.prepared, torch.device(workload.prepared.device)
+        layout, index = prepared.layout, device.index or 0
+        with mapped(prepared) as arena:
+            cuda.register(arena.memory.data_ptr(), arena.memory.numel(), index)  # as fast as pinned, and no second copy
+        self._registered = arena.memory
+        try:
+            model = whole_model(prepared.model, layout, arena.memory, torch.device("cpu"))
+            limits = {index: given.slots(workload) * layout.slot_bytes + layout.backbone_bytes, "cpu": 2 * layout.nbytes}
+            where = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["SwitchTransformersDenseActDense"])
+            super().__init__(dispatch_model(model, device_map=where, main_device=index), prepared.task, device)
+        except BaseException:
+            cuda.unregister(arena.memory.data_ptr())
+            raise
+
+    def close(self) -> None:
+        super().close()
+        cuda.unregister(self._registered.data_ptr())
+
+
+def _static_gating(workload: Workload, given: Combination) -> Running:
+    prepared, device = workload.prepared, torch.device(workload.prepared.device)
+    with mapped(prepared) as arena:
+        model = static_model(prepared.model, arena, prepared.config.bench.capacity, device)
+        return Transformers(model, prepared.task, device)
+
+
+def _ray(workload: Workload, given: Combination) -> Running:
+    from pipeline.bench.ray_system import ThroughRay  # Ray is started for it
+
+    return ThroughRay(workload, given)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a system is set up, and what there is to choose.
+
+    Attributes:
+        has_budget: takes a budget; otherwise it is measured once per batch size.
+        predictors: which of the workload's tables it is run with; None: it has none.
+        needs_gpu: there is nothing to compare on a CPU.
+        needs_package: what it stands on, of the extra `bench`.
+    """
+
+    make: Callable[[Workload, Combination], Running]
+    has_budget: bool = True
+    predictors: Callable[[Workload], list[str]] | None = None
+    needs_gpu: bool = False
+    needs_package: str | None = None
+
+    def combinations(self, workload: Workload, name: str, budget: str) -> list[Combination]:
+        chosen = budget if self.has_budget else None
+        if self.predictors is None:
+            return [Combination(name, chosen)]
+        return [Combination(name, chosen, predictor) for predictor in self.predictors(workload)]
+
+
+def _all(workload: Workload) -> list[str]:
+    return list(workload.tables)
+
+
+def _oracle(workload: Workload) -> list[str]:
+    return ["oracle"]
+
+
+def _lstm(workload: Workload) -> list[str]:
+    return [name for name in workload.tables if name == "lstm"]
+
+
+SYSTEMS: dict[str, Kind] = {
+    "transformers": Kind(_transformers, has_budget=False),
+    "cpu": Kind(_cpu, has_budget=False),
+    "static-gating": Kind(_static_gating, has_budget=False),
+    "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
+    "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
+    "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
+    "on-demand": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lru", demand=True)), needs_gpu=True),
+    "paper": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="fifo"), "hash"), predictors=_lstm),
+    "in_process": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), threads=1), goes_on=False), predictors=_oracle),
+    "ray": Kind(_ray, predictors=_oracle),
+}
+"""By their names in `bench.systems`."""
+
+
+def check_systems(config: Config, device: str) -> None:
+    """
+    Raises:
+        ConfigError: a system that is not known, or cannot run here.
+    """
+    if not config.bench.systems:
+        raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
+    if config.batch.order == "overlap":
+        raise ConfigError("batch.order: 'overlap' needs tables before there are batches; a bench has input or length")
+    for name in config.bench.systems:
+        if name not in SYSTEMS:
+            near = difflib.get_close_matches(name, SYSTEMS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SYSTEMS)}"
+            raise ConfigError(f"bench.systems: there is no {name!r}; {hint}")
+        kind = SYSTEMS[name]
+        if kind.needs_gpu and device == "cpu":
+            raise ConfigError(f"bench.systems: {name!r} needs a GPU, and device is cpu; leave it out of bench.systems")
+        if kind.needs_package is not None and find_spec(kind.needs_package) is None:
+            package = kind.needs_package
+            raise ConfigError(
+                f"bench.systems: {name!r} needs {package}, which is not installed; pip install -e '.[bench]', or leave it out"
+            )
+        if name == "paper" and (config.predictor.kind != "lstm" or config.predictor.path is None):
+            raise ConfigError("bench.systems: 'paper' needs predictor.kind=lstm and, in predictor.path, its trained file")
+
+
+class Bench:
+    """A system on the bench: set up, run, and its memory on the device watched, apart from that of its neighbours."""
+
+    def __init__(self, given: Combination, workload: Workload):
+        self._cuda = workload.prepared.device != "cpu"
+        gc.collect()  # what others left behind must not go while this one is measured
+        before = self._allocated()
+        torch.set_num_threads(workload.prepared.executor_spec().threads)  # the same for all, but for those that set another
+        self._system = SYSTEMS[given.system].make(workload, given)
+        self._threads = torch.get_num_threads()  # of the process: whoever runs next would have it too
+        self._own = self._allocated() - before
+        self.device_memory_peak_bytes: int | None = self._own if self._cuda else None
+
+    def run(self, batches: list[Batch]) -> Pass:
+        torch.set_num_threads(self._threads)
+        before = self._allocated()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        done = self._system.run(batches)
+        if self._cuda:
+            risen = torch.cuda.max_memory_allocated() - before
+            own = self._own + risen
+            self._own += max(0, self._allocated() - before)  # what it keeps, e.g. what its graphs write
+            apart = [s.device_memory_peak_bytes or 0 for s in done.stats if s.pid != os.getpid()]  # an actor tells of its own
+            self.device_memory_peak_bytes = max([self.device_memory_peak_bytes or 0, own, *apart])
+        return done
+
+    def close(self) -> None:
+        self._system.close()
+        del self._system
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self._cuda else 0

@@ -1,0 +1,144 @@
+"""CUDA graphs of a forward: one launch instead of hundreds, for shapes that come again.
+
+A forward is recorded in two ways. `whole` is one graph, for when all that the tables want is in slots. `pieces` are cut at every
+boundary between a router and its experts, so that between two of them the host may wait for copies, and evictions take
+effect; for each boundary there is one graph more, a part of the layer: it computes the experts that are in slots and have not been
+computed, and is replayed as often as that is worth it, or never. All read their inputs from the same buffers, and share one pool
+of memory: one runs at a time.
+
+A forward that asks the GPU something while it is recorded, as some models do, cannot be a graph: recording it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.gpu.layers import CurrentForward, DeviceForward
+from pipeline.inputs import Inputs
+from predictor.traces import LayerTrace
+
+Tables = list[tuple[torch.Tensor, torch.Tensor]]
+"""Per MoE layer the experts of every token and their scaling factors (DeviceForward.tables)."""
+
+
+@dataclass
+class Outputs:
+    """Where a forward leaves what it says: tensors on the device, overwritten by the next."""
+
+    results: torch.Tensor
+    chosen: torch.Tensor | None
+    """Of all MoE layers, one behind the other, what their routers chose: int16; None under hash routing."""
+    counts: list[torch.Tensor]
+    """Per MoE layer, tokens of each expert: int32 (experts + 1,), those without expert last."""
+    decisions: list[LayerTrace]
+
+    @classmethod
+    def of(cls, results: torch.Tensor, forward: DeviceForward, counts: list[torch.Tensor]) -> Outputs:
+        chosen = torch.cat([layer.reshape(-1) for layer in forward.chosen]) if forward.chosen else None
+        return cls(results, chosen, counts, forward.decisions)
+
+
+@dataclass
+class Recorded:
+    """A forward as graphs, to be replayed in this order, with a MoE boundary between each and the next.
+
+    Attributes:
+        parts: for each boundary.
+    """
+
+    pieces: list[torch.cuda.CUDAGraph]
+    parts: list[torch.cuda.CUDAGraph]
+    outputs: Outputs
+
+
+class GraphedForward:
+    """The forward of one shape."""
+
+    def __init__(
+        self,
+        forward: Callable[[Inputs], torch.Tensor],
+        inputs: Inputs,
+        tables: Tables | None,
+        current: CurrentForward,
+        pool: Any,
+        stream: torch.cuda.Stream,
+    ):
+        """
+        Args:
+            inputs, tables: buffers on the device, refilled before every run.
+            pool: torch.cuda.graph_pool_handle(), of all graphs.
+            stream: to record on; nobody else uses it.
+        """
+        self.inputs, self.tables = inputs, tables
+        self._forward, self._current, self._pool, self._stream = forward, current, pool, stream
+        self.whole: Recorded | None = None
+        self.pieces: Recorded | None = None
+
+    def load(self, inputs: Inputs, tables: Tables | None) -> None:
+        """Fills the buffers."""
+        for name, buffer in self.inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        for (experts, weights), (new_experts, new_weights) in zip(self.tables or (), tables or (), strict=True):
+            experts.copy_(new_experts, non_blocking=True)
+            weights.copy_(new_weights, non_blocking=True)
+
+    def record(self, whole: bool, pieces: bool) -> None:
+        """Makes the graphs that will be needed, unless they are there.
+
+        Raises:
+            RuntimeError: the forward cannot be recorded.
+        """
+        if whole and self.whole is None:
+            self.whole = self._record(cut=False)
+        if pieces and self.pieces is None:
+            self.pieces = self._record(cut=True)
+
+    def _record(self, cut: bool) -> Recorded:
+        graphs: list[torch.cuda.CUDAGraph] = []
+        counts: list[torch.Tensor] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(self._pool, capture_error_mode="thread_local")
+
+        def routed(layer: int, tokens: torch.Tensor) -> None:
+            if layer != len(counts):
+                raise RuntimeError("MoE layers that text does not reach, or that run more than once")
+            counts.append(tokens)
+
+        def boundary(layer: int) -> bool:
+            if not cut:
+                return False
+            graphs[-1].capture_end()
+            begin()
+            return len(graphs) % 2 == 0  # a piece, a part, a piece, ...
+
+        masks = [self.inputs[name] for name in MASKS if name in self.inputs]
+        now = self._current.forward = DeviceForward(masks, self.tables, routed, boundary, lambda layer, in_part: None)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            begin()
+            with _closed(graphs):
+                outputs = Outputs.of(self._forward(self.inputs), now, counts)
+        return Recorded(graphs[::2], graphs[1::2], outputs)
+
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+"""Of the streams, by their names among a task's inputs."""
+
+
+@contextlib.contextmanager
+def _closed(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
+    """Ends the last recording, also when the forward broke: CUDA would refuse all else."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            graphs[-1].capture_end()
+        raise
+    graphs[-1].capture_end()

@@ -1,0 +1,198 @@
+"""A model on a GPU: its backbone there, its experts in slots and, for the rest, in the host's memory, a table of addresses between.
+
+The host's arena is registered with CUDA, so that copies run at the link's speed and a kernel can read a block in place. A batch is
+enqueued without a question to the GPU: its kernels follow the table, and count what they found. What is done with a batch before
+and after that, work.py has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from pipeline.data import Batch
+from pipeline.device import ExecutorSpec
+from pipeline.expert_shape import ExpertShape
+from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs, Tables
+from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
+from pipeline.gpu.work import GPUWork
+from pipeline.inputs import Hear, Inputs
+from pipeline.models import build
+from pipeline.routing import Expert
+from predictor.hash_table import HashTable
+from store import cuda
+from store.arena import Arena
+from store.cuda import CudaError
+from store.device_copies import DeviceCopyEngine
+from store.errors import SpaceError
+from store.eviction import POLICIES
+from store.lanes import CudaLanes, PointerTable
+from store.slots import Slots
+
+SWITCH_S = 0.0002
+"""Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
+
+
+class OnGPU:
+    """See `pipeline.device.Device`. One thread runs batches; plans come from any."""
+
+    def __init__(self, spec: ExecutorSpec, arena: Arena):
+        """
+        Raises:
+            SpaceError: the arena cannot be registered.
+        """
+        self.spec = spec
+        self._registered = ExitStack()
+        try:
+            self._build(arena)
+        except BaseException:
+            self._registered.close()
+            raise
+
+    def _build(self, arena: Arena) -> None:
+        spec = self.spec
+        device = self._device = torch.device(spec.device)
+        sys.setswitchinterval(SWITCH_S)
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+        self.stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self.stream):
+            slots = Slots(arena, spec.slots, device)
+            host = self._register(arena, device)
+            table = PointerTable(arena, host, device)
+            self.counters = Counters(arena.layout.layers, device)
+            self._current = CurrentForward()
+            begin = slots.memory.data_ptr()
+            self.shapes: list[ExpertShape] = []
+
+            def experts(layer: int, stream: int, expert: Expert) -> DeviceExperts:
+                shape = expert.shape(arena.layout.layers[layer])
+                self.shapes.append(shape)
+                entries = table.entries[layer, : shape.experts]
+                span = (begin, begin + slots.memory.numel())
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+
+            self.model = build(spec.model, arena, experts, device)
+        self.lanes = CudaLanes(arena, slots, table, self.stream)
+        self.engine = DeviceCopyEngine(arena, slots, POLICIES[spec.policy](), self.lanes)
+        self._graphs: dict[tuple, GraphedForward | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recording = torch.cuda.Stream(device)
+        self._context = cuda.context()
+        self.under_way: deque[cuda.Event] = deque()
+        """The ends of the batches that the GPU has been given last."""
+        self.eager_because: dict[str, int] = {}
+        """Batches that ran without a graph, by reason."""
+        self.engine.start()
+
+    def _register(self, arena: Arena, device: torch.device) -> int:
+        """The arena's address as the device sees it. Whatever fails later, or if nothing does `close`, gives it up."""
+        address = arena.memory.data_ptr()
+        try:
+            host = cuda.register(address, arena.memory.numel(), device.index or 0)
+        except CudaError as error:
+            raise SpaceError(f"{arena.path}: CUDA cannot register it ({error}); write `device: cpu`") from None
+        self._registered.callback(cuda.unregister, address)
+        return host
+
+    def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        self.engine.plan(batch, uses)
+
+    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> GPUWork:
+        return GPUWork(self, batch, table, top_t, hear)
+
+    def wait_for_room(self) -> None:
+        """Until the GPU has but one batch to do. With more, whoever is evicted would wait for batches that have not begun."""
+        while len(self.under_way) > 1:
+            self.under_way.popleft().synchronize()
+
+    def wait_for(self, event: cuda.Event) -> None:
+        cuda.use(self._context)  # the thread may be new to CUDA
+        event.synchronize()
+
+    @property
+    def memory_peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def close(self) -> None:
+        self.engine.close()
+        try:
+            torch.cuda.synchronize(self._device)
+        finally:
+            self._registered.close()
+
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
+        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.
+
+        Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
+        """
+        if not self.spec.task.one_forward:
+            return self._eager(batch, host, tables, top_t, "many forwards", hear)
+        key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
+        if top_t is not None:
+            return self._eager(batch, host, tables, top_t, "traced")
+        if key not in self._graphs:
+            self._graphs[key] = self._graphed(host, tables)
+            return self._eager(batch, host, tables, None, "first of its shape")
+        graphed = self._graphs[key]
+        if graphed is None:
+            return self._eager(batch, host, tables, None, "not recordable")
+        try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
+            complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
+            graphed.record(whole=not self.spec.demand or complete, pieces=not complete)
+        except RuntimeError as error:
+            self._graphs[key] = None
+            self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
+            return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
+        graphed.load(host, tables)
+        if graphed.whole is not None and self.engine.is_ready(batch):
+            graphed.whole.pieces[0].replay()
+            outputs = graphed.whole.outputs
+            self.engine.passed(batch, *range(len(outputs.counts)))
+            return outputs, "whole"
+        assert graphed.pieces is not None
+        outputs = graphed.pieces.outputs
+        graphed.pieces.pieces[0].replay()
+        for layer, (part, piece) in enumerate(zip(graphed.pieces.parts, graphed.pieces.pieces[1:], strict=True)):
+            self._routed(batch, layer, outputs.counts[layer])
+            while self.engine.stage(batch, layer):
+                part.replay()
+                self.engine.read(batch, layer)
+            piece.replay()
+            self.engine.passed(batch, layer)
+        return outputs, "pieces"
+
+    def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
+        """On demand, what a router has named is wanted in slots."""
+        if self.spec.demand:
+            self.engine.demand(batch, layer, counts[:-1].cpu().numpy().nonzero()[0].tolist())
+
+    def _done(self, batch: int, layer: int, in_part: bool) -> None:
+        (self.engine.read if in_part else self.engine.passed)(batch, layer)
+
+    def _eager(
+        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
+    ) -> tuple[Outputs, str]:
+        self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
+        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
+        moved = None
+        if tables is not None:
+            moved = [(experts.to(self._device), weights.to(self._device)) for experts, weights in tables]
+        masks = [inputs[name] for name in MASKS if name in inputs]
+        now = self._current.forward = DeviceForward(
+            masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
+        )
+        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
+
+    def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
+        inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}
+        buffers = None
+        if tables is not None:
+            buffers = [(torch.empty_like(e, device=self._device), torch.empty_like(w, device=self._device)) for e, w in tables]
+        forward = partial(self.spec.task.forward, self.model)
+        return GraphedForward(forward, inputs, buffers, self._current, self._pool, self._recording)

@@ -1,0 +1,1 @@
+"""What a run leaves behind: predictions, metrics, a timeline, a page with pictures."""

@@ -1,0 +1,1 @@
+"""What is asked of a model: classify, score, generate. `registry` knows them by name."""

@@ -1,0 +1,1 @@
+"""Where a model's weights come from: the hub, checkpoints as they are published, recipes of random numbers."""
