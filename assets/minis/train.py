@@ -2,7 +2,7 @@
 
 First an encoder-decoder that fills gaps in text, then from it an encoder with a head for each of SST-2, MRPC and MultiRC. Each is
 written as soon as it is there, rounded to bfloat16 and judged as it is written; a file of metrics grows as it goes. The DIRECTORY
-of --data is what `prepare.py` wrote. The clock decides how many steps there are, so that two runs of one seed are not equal to the bit.
+of --data is what `prepare.py` wrote. The clock decides how many steps there are, so two runs of one seed are not equal to the bit.
 """
 
 from __future__ import annotations
