@@ -34,7 +34,7 @@ from store.eviction import POLICIES
 from store.lanes import CudaLanes, PointerTable
 from store.slots import Slots
 
-SWITCH_S = 0.0002
+SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
 
 
@@ -149,21 +149,22 @@ class OnGPU:
             self._graphs[key] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
-        graphed.load(host, tables)
+        stream = self.stream.cuda_stream
+        graphed.load(host, tables, stream)
         if graphed.whole is not None and self.engine.is_ready(batch):
-            graphed.whole.pieces[0].replay()
+            cuda.launch(graphed.whole.pieces[0], stream)
             outputs = graphed.whole.outputs
             self.engine.passed(batch, *range(len(outputs.counts)))
             return outputs, "whole"
         assert graphed.pieces is not None
         outputs = graphed.pieces.outputs
-        graphed.pieces.pieces[0].replay()
+        cuda.launch(graphed.pieces.pieces[0], stream)
         for layer, (part, piece) in enumerate(zip(graphed.pieces.parts, graphed.pieces.pieces[1:], strict=True)):
             self._routed(batch, layer, outputs.counts[layer])
             while self.engine.stage(batch, layer):
-                part.replay()
+                cuda.launch(part, stream)
                 self.engine.read(batch, layer)
-            piece.replay()
+            cuda.launch(piece, stream)
             self.engine.passed(batch, layer)
         return outputs, "pieces"
 
