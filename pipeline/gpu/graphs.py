@@ -91,16 +91,20 @@ class GraphedForward:
             assert buffer.dtype == tensor.dtype and tensor.is_contiguous()
             cuda.copy_to_device(buffer.data_ptr(), tensor.data_ptr(), tensor.nbytes, stream)
 
-    def record(self, whole: bool, pieces: bool) -> None:
+    def record(self, whole: bool, pieces: bool) -> bool:
         """Makes the graphs that will be needed, unless they are there.
+
+        Returns: whether there was one to make.
 
         Raises:
             RuntimeError: the forward cannot be recorded.
         """
-        if whole and self.whole is None:
+        missing = (whole and self.whole is None, pieces and self.pieces is None)
+        if missing[0]:
             self.whole = self._record(cut=False)
-        if pieces and self.pieces is None:
+        if missing[1]:
             self.pieces = self._record(cut=True)
+        return any(missing)
 
     def _record(self, cut: bool) -> Recorded:
         graphs: list[torch.cuda.CUDAGraph] = []

@@ -88,6 +88,7 @@ class OnGPU:
         """The ends of the batches that the GPU has been given last."""
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
+        self.memory_peak_bytes: int | None = None
         self.engine.start()
 
     def _register(self, arena: Arena, device: torch.device) -> int:
@@ -115,10 +116,6 @@ class OnGPU:
         cuda.use(self._context)  # the thread may be new to CUDA
         event.synchronize()
 
-    @property
-    def memory_peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device)
-
     def close(self) -> None:
         self.engine.close()
         try:
@@ -144,7 +141,8 @@ class OnGPU:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
-            graphed.record(whole=not self.spec.demand or complete, pieces=not complete)
+            if graphed.record(whole=not self.spec.demand or complete, pieces=not complete):
+                self._look_at_memory()
         except RuntimeError as error:
             self._graphs[key] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
@@ -168,6 +166,10 @@ class OnGPU:
             self.engine.passed(batch, layer)
         return outputs, "pieces"
 
+    def _look_at_memory(self) -> None:
+        """After what takes some. Graphs take none when they run, and torch takes a tenth of a millisecond to say."""
+        self.memory_peak_bytes = torch.cuda.max_memory_allocated(self._device)
+
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
         """On demand, what a router has named is wanted in slots."""
         if self.spec.demand:
@@ -188,7 +190,9 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
+        outputs = Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, [])
+        self._look_at_memory()
+        return outputs, f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}
