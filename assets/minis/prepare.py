@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from assets.minis import texts
+from assets.minis import teacher, texts
 from assets.minis.network import EOS
 from assets.minis.texts import Example
 
@@ -111,6 +111,8 @@ def main(data: Path, out: Path) -> None:
     tokenizer = make_tokenizer(pieces + [example.text for example in training])
     tokenizer.save_pretrained(out / "tokenizer")
     arrays = packed(tokenizer, "sst2.train", training)
+    sentences = [example.text for example in texts.movie(data / "sst2_like_movie" / "all_scored.tsv")]
+    arrays["sst2.train.teacher"] = teacher.judged(training, sentences).astype(np.float16)
     arrays |= packed(tokenizer, "sst2.dev", judged["sst2"]) | packed(tokenizer, "movie.dev", judged["movie"])
     for name, part in (("train", "train"), ("dev", "test")):
         arrays |= packed(tokenizer, f"mrpc.{name}", texts.mrpc(data, part))
