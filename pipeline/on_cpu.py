@@ -27,6 +27,7 @@ class OnCPU:
     """See `pipeline.device.Device`."""
 
     memory_peak_bytes = None
+    miss_path = "in_place"
 
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         self._task, self._top_k = spec.task, spec.model.shape.top_k

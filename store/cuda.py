@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 READ_ONLY = 0x08
 PORTABLE = 0x01
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _READ_ONLY_SUPPORTED = 113  # CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
 
 
@@ -101,6 +102,13 @@ class Event:
         """Blocks this thread, and no other, until the point is reached."""
         _check("cuEventSynchronize", _driver().cuEventSynchronize(self.handle))
 
+    @property
+    def is_reached(self) -> bool:
+        status = _function("cuEventQuery")(self.handle)
+        if status != _NOT_READY:
+            _check("cuEventQuery", status)
+        return not status
+
     def ms_until(self, later: Event) -> float:
         """Between two points that have been reached; negative if the other was first."""
         elapsed = ctypes.c_float()
@@ -114,6 +122,7 @@ class Event:
 
 _ARGUMENTS = {
     "cuCtxSetCurrent": (c_void_p,),
+    "cuEventQuery": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
