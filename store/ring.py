@@ -92,7 +92,7 @@ class RingLanes:
         self._sent = 0  # bytes of the first of them
         self._begun = 0  # when that was, time.time_ns()
         self._entry = 0  # whose turn it is
-        self._left: list[Any] = [None] * entries  # a Point: what was sent from the entry has left it
+        self._free_at: list[Any] = [None] * entries  # a Point: what was sent from the entry has left it
         self._ends: dict[int, tuple[int, Any]] = {}  # fill -> when it began, and the Point at its end, until it has been asked for
 
     def fill(self, key: Key, slot: int) -> RingMark:
@@ -116,15 +116,15 @@ class RingLanes:
         """Sends the next chunk, as soon as there is an entry for it."""
         number, key, slot = self._filling[0]
         entry = self._entry
-        if self._left[entry] is not None:
-            self._left[entry].synchronize()
+        if self._free_at[entry] is not None:
+            self._free_at[entry].synchronize()
         if self._sent == 0:
             self._begun = time.time_ns()
         begin, whole = self._sent, self._block_bytes[key[0]]
         end = min(begin + self._chunk_bytes, whole)
         self._write(entry, key, slot, begin, end)
-        self._left[entry] = self._send(entry, key, slot, begin, end)
-        self._entry = (entry + 1) % len(self._left)
+        self._free_at[entry] = self._send(entry, key, slot, begin, end)
+        self._entry = (entry + 1) % len(self._free_at)
         self._sent = end
         if end == whole:
             self._filling.popleft()

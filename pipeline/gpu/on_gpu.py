@@ -106,7 +106,7 @@ class OnGPU:
         self.engine.start()
 
     def _register(self, arena: Arena, device: torch.device) -> int | None:
-        """The arena's address as the device sees it, until whatever fails later, or else `close`, gives it up; None: it does not."""
+        """The arena's address as the device sees it, until what fails later, or else `close`, gives it up; None: it does not."""
         self.miss_path = "in_place"
         if self.spec.read_ahead:
             self.miss_path = "staged: store.backing is file, and registering it would pin all of it"
