@@ -169,7 +169,7 @@ def switch(tmp_path_factory) -> tuple[dict, list[list[dict]]]:
     return data, [answers(prepared.task, whole, batch) for batch in prepared.batches]
 
 
-@pytest.mark.parametrize(("slots", "policy"), [(1, "fifo"), (3, "lookahead"), (12, "lru")])
+@pytest.mark.parametrize(("slots", "policy"), [(2, "fifo"), (4, "lookahead"), (12, "lru")])
 def test_equals_the_whole_model_though_nothing_is_read_in_place(interpreter, switch, slots, policy):
     data, expected = switch
     results, parts, moved = interpreter(serve, data, slots, policy)
