@@ -195,6 +195,7 @@ class Executor:
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
             how=answer.how,
+            miss_path=self._device.miss_path,
             first_token_ms=float(steps[0]) if len(steps) else None,
             token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,

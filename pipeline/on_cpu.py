@@ -28,6 +28,7 @@ class OnCPU:
     """See `pipeline.device.Device`."""
 
     memory_peak_bytes = None
+    miss_path = "in_place"
 
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         keep_freed_memory()
