@@ -31,7 +31,7 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
-        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead.
+        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead, and no GPU registers it.
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
@@ -84,6 +84,10 @@ class Work(Protocol):
 
 class Device(Protocol):
     """A model that stands somewhere, and its experts."""
+
+    @property
+    def miss_path(self) -> str:
+        """How an expert is reached that is in no slot: "in_place", or "staged: " and why it has to come into one first."""
 
     @property
     def memory_peak_bytes(self) -> int | None:

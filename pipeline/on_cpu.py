@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.data import Batch
 from pipeline.device import Answer, ExecutorSpec
 from pipeline.experts import Current, Forward, SlotExperts
@@ -27,8 +28,10 @@ class OnCPU:
     """See `pipeline.device.Device`."""
 
     memory_peak_bytes = None
+    miss_path = "in_place"
 
     def __init__(self, spec: ExecutorSpec, arena: Arena):
+        keep_freed_memory()
         self._task, self._top_k = spec.task, spec.model.shape.top_k
         cpu = torch.device("cpu")
         engine = ReadAheadEngine if spec.read_ahead else CopyEngine

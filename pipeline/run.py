@@ -19,7 +19,7 @@ from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
-from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
+from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.timeline import timeline
@@ -162,28 +162,31 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
         metrics["prediction"] = prediction_metrics(stats_of(second))
     metrics["prediction"]["kind"] = config.predictor.kind
-    return metrics | {
-        "truncated": prepared.truncated,
-        "quality": quality,
-        "routing": config.routing,
-        "device": prepared.device,
-        "miss_path": "in_place",
-        "expert_bytes": {
-            "total": prepared.layout.expert_bytes,
-            "budget": prepared.budget_bytes,
-            "resident_peak": max(s.resident_peak_bytes for s in stats),
-            "stand_ins": prepared.stand_in_bytes,
-        },
-        "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
-        "arena": {
-            "name": arena.path.name,
-            "bytes": arena.nbytes,
-            "warm_start": arena.warm_start,
-            "seconds": round(arena.seconds, 4),
-        },
-        "versions": versions(),
-        "config": config.to_dict(),
-    }
+    return (
+        metrics
+        | miss_path(stats)
+        | {
+            "truncated": prepared.truncated,
+            "quality": quality,
+            "routing": config.routing,
+            "device": prepared.device,
+            "expert_bytes": {
+                "total": prepared.layout.expert_bytes,
+                "budget": prepared.budget_bytes,
+                "resident_peak": max(s.resident_peak_bytes for s in stats),
+                "stand_ins": prepared.stand_in_bytes,
+            },
+            "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
+            "arena": {
+                "name": arena.path.name,
+                "bytes": arena.nbytes,
+                "warm_start": arena.warm_start,
+                "seconds": round(arena.seconds, 4),
+            },
+            "versions": versions(),
+            "config": config.to_dict(),
+        }
+    )
 
 
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:

@@ -198,8 +198,8 @@ def _heads(
         model.load_state_dict(kept)
         model.dropout = how.pop("dropout")
         phase = Phase(f"{task} {number}", seconds * how.pop("share"), how.pop("lr"), how.pop("weight_decay"), graphs=graphs)
-        tokens, widths, taught = how.pop("tokens"), tuple(how.pop("widths")), how.pop("taught", 0.0) if said else 0.0
-        truth = positive if not taught else (1 - taught) * positive + taught * np.mean(said, axis=0)
+        tokens, widths, taught = how.pop("tokens"), tuple(how.pop("widths")), how.pop("taught", 0.0)
+        truth = (1 - taught) * positive + taught * np.mean(said, axis=0) if said else positive
         labelled = Labelled.of(ids, lengths, truth.astype(np.float32), widths, device)
         labels = Labels(**how)
         learnt: dict[str, Any] = steps.run(

@@ -59,6 +59,15 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
     } | generation_metrics(stats)
 
 
+def miss_path(stats: list[BatchStats]) -> dict[str, Any]:
+    """How experts were reached that were in no slot; "staged" and why, if any batch of any sitting had to."""
+    for s in stats:
+        path, _, because = s.miss_path.partition(": ")
+        if because:
+            return {"miss_path": path, "staged_because": because}
+    return {"miss_path": "in_place", "staged_because": None}
+
+
 def generation_metrics(stats: list[BatchStats]) -> dict[str, Any]:
     """Of a task that generates: how long the first token took, and each after it; nothing of another task."""
     first = [s.first_token_ms for s in stats if s.first_token_ms is not None]

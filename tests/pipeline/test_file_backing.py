@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import StoreConfig, parse
-from pipeline.errors import ConfigError
 from pipeline.executor import Executor
 from pipeline.plan.footprint import footprint
 from pipeline.prepare import arena_directory, own_predictor, prepare
@@ -65,13 +64,8 @@ def test_a_file_takes_no_ram_from_what_a_budget_may_have(config, monkeypatch):
     assert in_ram.free == 0
 
 
-def test_on_a_gpu_a_file_is_refused_and_the_missing_mode_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="file on a GPU needs the staged mode"):
-        arena_directory(StoreConfig(backing="file", directory=str(tmp_path)), "cuda:0")
-
-
 def test_without_a_directory_a_file_goes_to_the_users_cache_and_ram_to_dev_shm(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    directory = arena_directory(StoreConfig(backing="file"), "cpu")
+    directory = arena_directory(StoreConfig(backing="file"))
     assert directory == tmp_path / "cache" / "sida-moe" / "arenas" and directory.is_dir()
-    assert arena_directory(StoreConfig(), "cpu") == Path("/dev/shm")
+    assert arena_directory(StoreConfig()) == Path("/dev/shm")
