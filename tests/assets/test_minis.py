@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
 
@@ -18,7 +19,7 @@ from assets.minis.lessons import SOURCE, TARGET, TOKENS, Labelled, Labels, corru
 from assets.minis.network import EOS, PAD, UNK, Shape, Sparse, Spent, Switch
 from assets.minis.train import routers, train
 from pipeline.tasks.classifier import SwitchTransformersForSequenceClassification
-from tests.conftest import SENTENCES, TOKENIZER
+from tests.conftest import ROOT, SENTENCES, TOKENIZER
 
 SHAPE = Shape(num_experts=8, d_ff=16, d_model=32, d_kv=8, vocab_size=300)
 
@@ -79,6 +80,10 @@ def test_large_checkpoints_are_cut_into_files_that_hold_every_tensor_once(tmp_pa
     assert set(held) == set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"])
     assert sum(tensor.nbytes for shard in shards for tensor in load_file(shard).values()) == total
     SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path)
+    other = Switch(SHAPE)
+    export.read(other, tmp_path)
+    for name, tensor in export.tensors(other, False).items():
+        assert torch.equal(tensor, export.tensors(model, False)[name]), name
 
 
 def test_padding_changes_nothing_and_is_routed_nowhere(model):
@@ -205,7 +210,7 @@ def test_the_tokenizer_reads_both_spellings_alike():
 
 
 def test_no_row_is_judged_by_a_teacher_that_has_seen_its_sentence(monkeypatch):
-    monkeypatch.setattr(teacher, "BUCKETS", 2**12)
+    monkeypatch.setattr(teacher, "BUCKETS", 2**18)
     sentences = [f"{word} number {i}" for i in range(40) for word in ("lovely", "dreadful")]
     examples = [texts.Example(text, None, int("lovely" in text), float("lovely" in text)) for text in sentences]
     examples += [texts.Example(one.text.split()[0], None, one.label, one.positive) for one in examples]
@@ -219,19 +224,21 @@ def test_no_row_is_judged_by_a_teacher_that_has_seen_its_sentence(monkeypatch):
 
 def test_a_training_goes_through_to_the_end_and_leaves_models_that_are_judged(tmp_path):
     data = _packed(tmp_path / "data")
-    head = {"share": 0.1, "lr": 1e-3, "weight_decay": 0.01, "dropout": 0.1, "tokens": 64, "widths": [16, 32]}
-    settings = {
-        "shapes": {4: {"d_ff": 8, "d_model": 16, "d_kv": 4, "num_layers": 2}},
-        "capacity": 2.0,
-        "pretrain": {"share": 0.1, "lr": 1e-3, "weight_decay": 0.0, "dropout": 0.0, "rows": 1},
-        "heads": {"sst2": [head, head | {"taught": 0.5, "twice": 1.0}], "mrpc": [head], "multirc": [head | {"favour": 1.3}]},
-    }
-    found = train(settings, 4, data, tmp_path / "out", seconds=1.0, seed=0, graphs=True)
+    settings = yaml.safe_load((ROOT / "assets" / "minis" / "minis.yaml").read_text())
+    settings["shapes"] = {4: {"d_ff": 8, "d_model": 16, "d_kv": 4, "num_layers": 2}}
+    settings["pretrain"] |= {"share": 0.1, "rows": 1}
+    for variants in settings["heads"].values():
+        for variant in variants:
+            variant |= {"share": 0.1, "tokens": 64, "widths": [16, 32]}
+    found = train(settings, 4, data, tmp_path / "out", seconds=1.0)
     assert json.loads((tmp_path / "out" / "metrics-4.json").read_text()) == json.loads(json.dumps(found))
-    assert found["text"]["wikitext2"] > 1 and len(found["sst2"]["variants"]) == 2
+    assert found["text"]["wikitext2"] > 1 and len(found["sst2"]["variants"]) > 1
     best = found["sst2"]["variants"][found["sst2"]["variant"]]
     assert best["sst2.dev"]["accuracy"] == max(one["sst2.dev"]["accuracy"] for one in found["sst2"]["variants"])
     SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "out" / "switch-mini-4-text")
+    settings["heads"] = {"mrpc": settings["heads"]["mrpc"]}
+    again = train(settings, 4, data, tmp_path / "again", seconds=0.2, text=tmp_path / "out" / "switch-mini-4-text")
+    assert again["text"] == found["text"] and "sst2" not in again
     for task in ("sst2", "mrpc", "multirc"):
         SwitchTransformersForSequenceClassification.from_pretrained(tmp_path / "out" / f"switch-mini-4-{task}")
 
