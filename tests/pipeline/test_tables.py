@@ -141,6 +141,6 @@ def test_a_predictor_that_cannot_be_trained_is_refused(sheet):
         load_sheet(sheet, ["predictors.random.train={}"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("tables-*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_sheet_that_ships_can_be_read(path):
     assert load_sheet(path, []).rows
