@@ -46,25 +46,19 @@ class CopyEngine(JustInTime):
         Raises:
             RuntimeError: the copy thread broke.
         """
-        keys = [(layer, expert) for expert in experts]
         with self._changed:
             # Decided once, before waiting: waiting gives the lock away, and an expert that comes meanwhile is not pinned.
-            pinned = [key for key in keys if key in self.slots]
-            for key in pinned:
-                self.slots.pin(key)
-            self._pass(batch * self._layers + layer)
+            held, kept = self._begin_reading(batch, layer, experts)
+        for key in kept:
+            self._copy(key, self.slots.room(key), demanded=True)
+        with self._changed:
             start = time.perf_counter_ns()
-            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in pinned))
+            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in held))
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
-            for key in keys:
-                self._policy.used(key)
-            held = set(pinned)
-            weights = [self.slots.weights(key, in_slot=key in held) for key in keys]
-            self._movement.hits[layer] += len(pinned)
-            self._movement.misses[layer] += len(keys) - len(pinned)
-            self._movement.read_in_place_bytes += (len(keys) - len(pinned)) * self.slots.block_bytes((layer, 0))
+            pinned = {*held, *kept}
+            weights = [self.slots.weights((layer, e), in_slot=(layer, e) in pinned) for e in experts]
         try:
             yield weights
         finally:
@@ -90,7 +84,7 @@ class CopyEngine(JustInTime):
         while (copy := self._next_copy()) is not None:
             self._copy(*copy)
 
-    def _copy(self, key: Key, slot: torch.Tensor) -> None:
+    def _copy(self, key: Key, slot: torch.Tensor, demanded: bool = False) -> None:
         start = time.time_ns()
         try:
             slot.copy_(self._arena.block(*key))
@@ -100,7 +94,7 @@ class CopyEngine(JustInTime):
         end = time.time_ns()
         with self._changed:
             self.slots.complete(key)
-            self._movement.copied(start, end, slot.numel())
+            self._movement.copied(start, end, slot.numel(), demanded)
             self._changed.notify_all()
 
     def _work(self) -> None:
