@@ -47,16 +47,16 @@ class CopyEngine(JustInTime):
             RuntimeError: the copy thread broke.
         """
         with self._changed:
+            self._check()
             # Decided once, before waiting: waiting gives the lock away, and an expert that comes meanwhile is not pinned.
             held, kept = self._begin_reading(batch, layer, experts)
         for key in kept:
-            self._copy(key, self.slots.room(key), demanded=True)
+            self._fill(key, self.slots.room(key))
         with self._changed:
             start = time.perf_counter_ns()
             self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in held))
             self._movement.stall_ns += time.perf_counter_ns() - start
-            if self._failure:
-                raise RuntimeError("copying experts failed") from self._failure
+            self._check()
             pinned = {*held, *kept}
             weights = [self.slots.weights((layer, e), in_slot=(layer, e) in pinned) for e in experts]
         try:
@@ -84,17 +84,20 @@ class CopyEngine(JustInTime):
         while (copy := self._next_copy()) is not None:
             self._copy(*copy)
 
-    def _copy(self, key: Key, slot: torch.Tensor, demanded: bool = False) -> None:
+    def _copy(self, key: Key, slot: torch.Tensor) -> None:
         start = time.time_ns()
+        self._fill(key, slot)
+        with self._changed:
+            self._movement.copied(start, time.time_ns(), slot.numel())
+
+    def _fill(self, key: Key, slot: torch.Tensor) -> None:
         try:
             slot.copy_(self._arena.block(*key))
         except BaseException as error:
             self._fail(error)
             raise
-        end = time.time_ns()
         with self._changed:
             self.slots.complete(key)
-            self._movement.copied(start, end, slot.numel(), demanded)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -112,6 +115,10 @@ class CopyEngine(JustInTime):
         except BaseException as error:
             self._fail(error)
             raise
+
+    def _check(self) -> None:
+        if self._failure:
+            raise RuntimeError("copying experts failed") from self._failure
 
     def _fail(self, error: BaseException) -> None:
         """Whoever waits for a copy, or asks for experts from now on, is told."""

@@ -38,8 +38,8 @@ class JustInTime(Schedule):
     def _begin_reading(self, batch: int, layer: int, experts: Sequence[int]) -> tuple[list[Key], list[Key]]:
         """A forward reads experts of a layer, which is past now.
 
-        Returns: those that have had a slot, and those that have got one, to be filled first. Both are pinned. The others are read
-            in place.
+        Returns: those that have had a slot, and those that have missed one and get it now, to be filled first. Both are pinned. The
+            others are read in place.
         """
         position, keys = batch * self._layers + layer, [(layer, expert) for expert in experts]
         held = [key for key in keys if key in self.slots]
@@ -50,20 +50,18 @@ class JustInTime(Schedule):
         kept = [key for key in keys if key not in self.slots and self._stays(key)]
         for key in keys:
             self._policy.used(key)
-        in_place = len(keys) - len(held) - len(kept)
-        self._movement.hits[layer] += len(keys) - in_place
-        self._movement.misses[layer] += in_place
-        self._movement.read_in_place_bytes += in_place * self.slots.block_bytes((layer, 0))
+        missed = len(keys) - len(held)
+        self._movement.hits[layer] += len(held)
+        self._movement.misses[layer] += missed
+        self._movement.read_in_place_bytes += missed * self.slots.block_bytes((layer, 0))
         return held, kept
 
     def _stays(self, key: Key) -> bool:
         """Gives a slot to an expert that is read now, if there is one for it."""
         if not self.slots.has_free:
-            victim = next(filter(self.slots.is_evictable, self._policy.order()), None)
+            again = self._next_uses[key][0] if self._next_uses[key] else NEVER
+            victim = self._victim(again)
             if victim is None:
-                return False
-            theirs, own = self._next_uses[victim], self._next_uses[key]
-            if self._policy.looks_ahead and theirs and not (own and own[0] < theirs[0]):
                 return False
             self._evict(victim)
         self._policy.admitted(key)

@@ -83,7 +83,6 @@ class Simulation(JustInTime):
         held, kept = self._begin_reading(batch, layer, experts)
         for key in kept:
             self.slots.complete(key)
-            self._movement.copied(0, 0, self.slots.block_bytes(key), demanded=True)
         for key in (*held, *kept):
             self.slots.unpin(key)
         self._proceed()
