@@ -8,7 +8,7 @@ repeated, in any order, by a restarted Executor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -72,6 +72,10 @@ class Executor:
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
         """Hears which experts a later batch will need; they are copied as soon as there is room, for which this does not wait."""
         self._ahead.submit(self._plan, batch, prediction, routing)
+
+    def plan_uses(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """`plan`, of a table that is not at hand: per MoE layer (expert, probability that the batch needs it), likeliest first."""
+        self._device.plan(batch, uses)
 
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.

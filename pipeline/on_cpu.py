@@ -39,7 +39,7 @@ class OnCPU:
         self._current = Current()
 
         def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
-            return SlotExperts(layer, stream, expert, self._engine, self._current)
+            return SlotExperts(layer, stream, expert, self._engine, self._current, spec.asks_routers)
 
         self._model = build(spec.model, arena, experts, cpu)
 

@@ -81,7 +81,7 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.asks_routers)
 
             self.model = build(spec.model, arena, experts, device)
         self._asks = spec.demand or host is None
