@@ -21,10 +21,12 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs, Tables
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
 from pipeline.gpu.work import GPUWork
+from pipeline.gpu.writing import GPUWriting, Replays
 from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
 from pipeline.routing import Expert
 from predictor.hash_table import HashTable
+from predictor.stepping import Foresight
 from store import cuda
 from store.arena import Arena
 from store.cuda import CudaError
@@ -88,6 +90,8 @@ class OnGPU:
         """The ends of the batches that the GPU has been given last."""
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
+        with torch.cuda.stream(self.stream):
+            self.replays = Replays(self, self._current, self._recording) if spec.task.forwards > 1 else None
         self.engine.start()
 
     def _register(self, arena: Arena, device: torch.device) -> int:
@@ -101,10 +105,19 @@ class OnGPU:
         return host
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        self.engine.plan(batch, uses)
+        self.engine.plan(batch * self.spec.task.forwards, uses)
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> GPUWork:
-        return GPUWork(self, batch, table, top_t, hear)
+    def prepare(
+        self,
+        batch: Batch,
+        table: HashTable | None,
+        top_t: int | None = None,
+        hear: Hear | None = None,
+        foresight: Foresight | None = None,
+    ) -> GPUWork:
+        if self.spec.task.forwards > 1:
+            return GPUWriting(self, batch, table, top_t, hear, foresight)
+        return GPUWork(self, batch, table, top_t)
 
     def wait_for_room(self) -> None:
         """Until the GPU has but one batch to do. With more, whoever is evicted would wait for batches that have not begun."""
@@ -126,13 +139,11 @@ class OnGPU:
         finally:
             self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
-        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> tuple[Outputs, str]:
+        """Enqueues a forward: as a graph when its shape has been seen before.
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
-        if not self.spec.task.one_forward:
-            return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")
@@ -175,9 +186,7 @@ class OnGPU:
     def _done(self, batch: int, layer: int, in_part: bool) -> None:
         (self.engine.read if in_part else self.engine.passed)(batch, layer)
 
-    def _eager(
-        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
-    ) -> tuple[Outputs, str]:
+    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> tuple[Outputs, str]:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
@@ -187,7 +196,7 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
+        return Outputs.of(self.spec.task.forward(self.model, inputs), now, []), f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}

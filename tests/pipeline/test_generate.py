@@ -21,8 +21,9 @@ from pipeline.executor import Executor
 from pipeline.predicting.train import train
 from pipeline.prepare import Prepared, prepare
 from pipeline.reports.metrics import batch_metrics
-from pipeline.tasks.generate import DONE, Generate
+from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
+from pipeline.tasks.writing import DONE
 from predictor.actor import timed
 from predictor.nobody import Nobody
 from store.actor import ExpertStore
