@@ -1,7 +1,7 @@
 """Prediction while a model writes: which experts each row's newest token will need, before its forward begins.
 
-A table says something of a batch whose tokens are all known. While a model writes, one token per row is new at every step, and what is
-known besides is what the rows' earlier tokens were routed to. `Foresight` joins both: what a predictor says of the token
+A table says something of a batch whose tokens are all known. While a model writes, one token per row is new at every step, and what
+is known besides is what the rows' earlier tokens were routed to. `Foresight` joins both: what a predictor says of the token
 (`LSTMSteps` carries the hash function's state from token to token; `TokenSteps` looks the token up), and how often the row's
 earlier tokens went to each expert, recent ones counting more. Every row is one text of its own.
 

@@ -33,7 +33,7 @@ class NextLayer:
         return layer + 1 < len(self._routers) and self._routers[layer + 1] is not None
 
     def named(self, layer: int, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """How many tokens name each expert of the layer behind this one: int32 (widest + 1,), the last for tokens that do not count.
+        """How many tokens name each expert of the layer behind: int32 (widest + 1,), the last for tokens that do not count.
 
         Args:
             hidden: (tokens, d_model), what comes to this layer's experts.

@@ -84,7 +84,7 @@ class Writing:
         self._stop, self._steps, self._forced = stop, steps, forced
 
     def __call__(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
+        self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
         generation_config: Any, **model_kwargs: Any,
     ) -> torch.Tensor:  # fmt: skip
         rows, most = self.tokens.shape
