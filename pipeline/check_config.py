@@ -69,6 +69,7 @@ def check_config(config: Config, source: str) -> None:
         "bench.rounds": config.bench.rounds,
         "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
         "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
+        "bench.prompts": min(config.bench.prompts, default=0),
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")

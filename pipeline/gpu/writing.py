@@ -352,7 +352,7 @@ class GPUWriting(GPUWork):
 
     def _chosen_tensor(self) -> torch.Tensor | None:
         """What the routers chose in the forward that has been given last; of a step only if somebody learns from it."""
-        if self._awake is not None and self._foresight is None:
+        if self._awake is not None and (self._foresight is None or self._gpu.engine.is_complete):
             return None
         if self._replayed is not None:
             return self._replayed.outputs.chosen

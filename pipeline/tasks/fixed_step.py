@@ -56,15 +56,16 @@ class FixedStep:
         """Before the prompt of another batch."""
         self.cache.reset()
 
-    def begin(self, mask: torch.Tensor, positions: torch.Tensor) -> None:
+    def begin(self, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
         """After the prompt.
 
         Args:
-            mask: int64 (rows, tokens), the prompt's; it may have ones behind.
+            mask: int64 (rows, tokens), the prompt's; it may have ones behind. None: all are ones, which transformers leaves out.
             positions: int64 (..., tokens), the last of which are the next tokens'.
         """
         self.inputs["seen"].fill_(1)  # what has not been written yet is later than the token that looks
-        self.inputs["seen"][:, : mask.shape[1]] = mask
+        if mask is not None:
+            self.inputs["seen"][:, : mask.shape[1]] = mask
         if "position_ids" not in self.inputs:
             self.inputs["position_ids"] = positions[..., -1:].clone()
         self.inputs["position_ids"].copy_(positions[..., -1:])

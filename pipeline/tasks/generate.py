@@ -100,15 +100,19 @@ class Generate:
 
     def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
         """int64 (batch, max_new_tokens), the stop token included, then `DONE`. On the host."""
+        return torch.from_numpy(self.write(model, inputs, steps).tokens)
+
+    def write(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None, forced: torch.Tensor | None = None) -> Writing:
+        """The same, and what else is known of it."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in inputs}
         rows, device = len(inputs["input_ids"]), inputs["input_ids"].device
-        writing = Writing(rows, self.sampling.max_new_tokens, self.stop, steps or OwnSteps(), inputs.get("forced"))
+        writing = Writing(rows, self.sampling.max_new_tokens, self.stop, steps or OwnSteps(), forced)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             if self.sampling.sample:
                 torch.manual_seed(int(inputs["seed"]))
             write: Any = model.generate
             write(**given, generation_config=self.settings(), custom_generate=writing)
-        return torch.from_numpy(writing.tokens)
+        return writing
 
     def settings(self) -> GenerationConfig:
         """The same for transformers; whatever the model's own says besides is left out."""

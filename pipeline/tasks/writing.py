@@ -71,14 +71,18 @@ class Writing:
 
     Attributes:
         tokens: int64 (rows, most), on the host; `DONE` behind each row's last.
+        logprobs: of each forced token, float32 (rows,) each, where the model is.
     """
 
     def __init__(self, rows: int, most: int, stop: tuple[int, ...], steps: Steps, forced: torch.Tensor | None = None):
         """
         Args:
-            forced: int64 (rows, most), to be written whatever the model says.
+            most: tokens that there is room for.
+            forced: int64 (rows, at most `most`), to be written whatever the model says, and no more.
         """
-        self.tokens = np.full((rows, most), DONE, dtype=np.int64)
+        self._room = most
+        self.tokens = np.full((rows, most if forced is None else forced.shape[1]), DONE, dtype=np.int64)
+        self.logprobs: list[torch.Tensor] = []
         self._awake = np.ones(rows, dtype=bool)
         self._heard = 0
         self._stop, self._steps, self._forced = stop, steps, forced
@@ -89,7 +93,7 @@ class Writing:
     ) -> torch.Tensor:  # fmt: skip
         rows, most = self.tokens.shape
         steps, written = self._steps, input_ids
-        fixed = steps.fixed(model, rows, input_ids.shape[1] + most)
+        fixed = steps.fixed(model, rows, input_ids.shape[1] + self._room)
         if fixed is not None:
             model_kwargs["past_key_values"] = fixed.cache
 
@@ -104,7 +108,7 @@ class Writing:
 
         logits = forward(first=True)
         if fixed is not None:
-            fixed.begin(model_kwargs["attention_mask"], model_kwargs["position_ids"])
+            fixed.begin(model_kwargs.get("attention_mask"), model_kwargs["position_ids"])
         awake = torch.ones(rows, dtype=torch.bool, device=logits.device)
         stop = torch.tensor(self._stop, dtype=torch.int64, device="cpu").to(logits.device, non_blocking=True)
         for step in range(most):
@@ -125,6 +129,8 @@ class Writing:
     def _choose(self, logits: torch.Tensor, written: torch.Tensor, processor: Any, sample: bool, step: int) -> torch.Tensor:
         """int64 (rows,), as transformers chooses."""
         if self._forced is not None:
+            likely = logits.float().log_softmax(dim=-1)
+            self.logprobs.append(likely.gather(1, self._forced[:, step, None])[:, 0])
             return self._forced[:, step]
         scores = processor(written, logits.to(copy=True, dtype=torch.float32))
         if not sample:

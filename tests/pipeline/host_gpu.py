@@ -1,7 +1,8 @@
 """A GPU's device (pipeline.gpu.on_gpu) on the host: all of its code but CUDA's own, lanes in step with the caller.
 
-The kernels' place is taken by plain torch that follows the same table of addresses (test_kernels.py has the kernels themselves). A graph is stood in for by running the forward again: whole, or in a
-thread that stops at every boundary until the next piece or part is replayed.
+The kernels' place is taken by plain torch that follows the same table of addresses (test_kernels.py has the kernels themselves). A
+graph is stood in for by running the forward again: whole, or in a thread that stops at every boundary until the next piece or
+part is replayed.
 """
 
 from __future__ import annotations

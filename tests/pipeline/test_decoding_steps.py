@@ -1,4 +1,4 @@
-"""Writing on a GPU's code: the tokens are those of transformers' `generate`, however the steps run; and what is counted is all of them."""
+"""Writing with a GPU's code: tokens are those of transformers' `generate`, however steps run; all of them are counted."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def run_on_host(directory: str, arenas: str, share: float, kind: str | None, dem
             executor.close()
     return [
         {"ids": [row["token_ids"] for row in d.results], "how": d.stats.how, "hits": d.stats.hits, "misses": d.stats.misses,
-         "copied": d.stats.prefetch_bytes + d.stats.demand_bytes, "read": d.stats.read_in_place_bytes, "steps": len(d.stats.token_ms)}
+         "copied": d.stats.prefetch_bytes + d.stats.demand_bytes, "read": d.stats.read_in_place_bytes,
+         "steps": len(d.stats.token_ms)}
         for d in done
     ]  # fmt: skip
 
