@@ -29,6 +29,7 @@ from pipeline.bench.output import BenchDir
 from pipeline.bench.whole import Transformers, whole_model
 from pipeline.bench.workload import mapped
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.executor import Executor
 from pipeline.machine import cores, hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
@@ -52,6 +53,8 @@ def bench_decoding(config: Config) -> dict[str, Any]:
     device = choose_device(config.device)
     systems = check_decoding(config, device)
     prepared = prepare(config)
+    if prepared.model.is_encoder_decoder:
+        raise ConfigError(f"task: bench writes with decoders, whose texts go on; {prepared.model.source} is an encoder-decoder")
     if config.predictor.path is not None:
         check_predictor(prepared)
     texts = _texts(config, prepared)
@@ -184,7 +187,7 @@ def _recorded(prepared: Prepared, texts: list[Texts]) -> list[Texts]:
 
 
 def _reference(prepared: Prepared, task: Forced, texts: list[Texts]) -> list[list[np.ndarray]] | None:
-    """What transformers says of every counted batch with the whole model on the device; None: it cannot, there is no room for it."""
+    """What transformers says of every counted batch with the whole model on the device; None: it cannot."""
     start, device = time.perf_counter(), torch.device(prepared.device)
     said = []
     try:
