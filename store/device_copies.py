@@ -251,18 +251,21 @@ class DeviceCopyEngine(Schedule):
         return True
 
     def _land(self) -> None:
-        """Waits for the oldest copy under way."""
-        key, mark = self._under_way[0]
-        mark.wait()
-        start, end = mark.span()
+        """Waits for the oldest copy under way; those behind it that have ended by then are seen with it."""
+        self._under_way[0][1].wait()
         with self._changed:
-            self._under_way.popleft()
-            self.slots.complete(key)
-            self.is_complete = self.is_complete or self.slots.ready_count == self._experts
-            self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-            self._demanded.pop(key, None)
-            if key in self._awaited:
-                self._awaited.remove(key)
-                self._unread.append(key)
+            self._landed(*self._under_way.popleft())
+            while self._under_way and self._under_way[0][1].is_reached():
+                self._landed(*self._under_way.popleft())
             if not self._is_held():  # whoever waits is woken once, and not for every copy
                 self._changed.notify_all()
+
+    def _landed(self, key: Key, mark: Mark) -> None:
+        start, end = mark.span()
+        self.slots.complete(key)
+        self.is_complete = self.is_complete or self.slots.ready_count == self._experts
+        self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
+        self._demanded.pop(key, None)
+        if key in self._awaited:
+            self._awaited.remove(key)
+            self._unread.append(key)

@@ -108,7 +108,8 @@ def _measure(
         with mapped(prepared) as there:
             link = link_bytes_per_second(there.memory, prepared.layout.slot_bytes, torch.device(prepared.device))
     assert isinstance(prepared.task, Generate)
-    task = Forced(**vars(prepared.task) | {"sampling": replace(prepared.task.sampling, max_new_tokens=_room(texts))})
+    sampling = replace(prepared.task.sampling, max_new_tokens=_room(texts))
+    task = Forced(**vars(prepared.task) | {"sampling": sampling, "stop": ()})  # a text has its own end
     texts = _recorded(prepared, texts)
     reference = _reference(prepared, task, texts)
     report: dict[str, Any] = {

@@ -227,6 +227,7 @@ class GPUWriting(GPUWork):
                 self._ended = cuda.Event(stream)
             finally:
                 gpu.engine.finish(self._last)
+        gpu.look_at_memory()
         gpu.under_way.append(self._ended)
 
     def answer(self) -> Answer:
@@ -331,21 +332,21 @@ class GPUWriting(GPUWork):
 
     def _whole(self, recorded: Recorded) -> torch.Tensor:
         self._ways["whole"] += 1
-        recorded.pieces[0].replay()
+        cuda.launch(recorded.pieces[0], self._gpu.stream.cuda_stream)
         self._gpu.engine.passed(self._number, *range(len(recorded.outputs.counts)))
         self._replayed = recorded
         return recorded.outputs.results
 
     def _pieces(self, recorded: Recorded) -> torch.Tensor:
         self._ways["pieces"] += 1
-        engine, number = self._gpu.engine, self._number
-        recorded.pieces[0].replay()
+        engine, number, stream = self._gpu.engine, self._number, self._gpu.stream.cuda_stream
+        cuda.launch(recorded.pieces[0], stream)
         for layer, (part, piece) in enumerate(zip(recorded.parts, recorded.pieces[1:], strict=True)):
             self._asked(number, layer, recorded.outputs.counts[layer])
             while engine.stage(number, layer):
-                part.replay()
+                cuda.launch(part, stream)
                 engine.read(number, layer)
-            piece.replay()
+            cuda.launch(piece, stream)
             engine.passed(number, layer)
         self._replayed = recorded
         return recorded.outputs.results

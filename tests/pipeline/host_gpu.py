@@ -26,6 +26,8 @@ class HostEvent:
     def __init__(self, stream: int):
         self.at = time.perf_counter()
 
+    is_reached = True
+
     def synchronize(self) -> None:
         pass
 
@@ -49,14 +51,14 @@ class HostGraphs:
         ahead = self._current.ahead
         if whole and self.whole is None:
             outputs = Outputs(torch.zeros(0), None, [], [])
-            self.whole = Recorded([Replay(lambda: self._run(outputs, ahead, lambda layer: False))], [], outputs)
+            self.whole = Recorded([lambda: self._run(outputs, ahead, lambda layer: False)], [], outputs, [])
         if pieces and self.pieces is None:
             outputs = Outputs(torch.zeros(0), None, [], [])
             cut = Cut(lambda boundary: self._run(outputs, ahead, boundary))
             layers = len(self._layers())
-            rest = [Replay(lambda: cut.go(False)) for _ in range(layers)]
-            parts = [Replay(lambda: cut.go(True)) for _ in range(layers)]
-            self.pieces = Recorded([Replay(cut.begin), *rest], parts, outputs)
+            rest = [lambda: cut.go(False)] * layers
+            parts = [lambda: cut.go(True)] * layers
+            self.pieces = Recorded([cut.begin, *rest], parts, outputs, [])
 
     def _layers(self) -> list[int]:
         seen: list[int] = []
@@ -128,11 +130,6 @@ class HostKernels:
         return torch.frombuffer(raw, dtype=dtype, count=count).view(shape)
 
 
-class Replay:
-    def __init__(self, replay: Callable[[], None]):
-        self.replay = replay
-
-
 class Cut:
     """A forward in a thread of its own that goes on when it is told."""
 
@@ -185,7 +182,7 @@ def host_gpu() -> Iterator[None]:
     host = {
         "context": lambda: 0, "use": lambda context: None, "register": lambda address, nbytes, device: address,
         "unregister": lambda address: None, "copy_to_device": copy, "store": store, "wait": lambda stream, event: None,
-        "Event": HostEvent,
+        "Event": HostEvent, "launch": lambda graph, stream: graph(),
     }  # fmt: skip
     torchs = {
         "set_device": lambda device: None, "init": lambda: None, "Stream": lambda *a: SimpleNamespace(cuda_stream=0),
