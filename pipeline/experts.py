@@ -22,14 +22,15 @@ from store.copies import CopyEngine
 
 @dataclass
 class Forward:
-    """One batch under way, in one forward or, while it generates, in many: what every MoE layer needs to know.
+    """One forward under way: what every MoE layer needs to know.
 
     Attributes:
+        batch: its number to the engine.
         masks: per stream 1 for real tokens, 0 for padding: bool (batch * tokens,), row after row.
-        table: decides under hash routing; None: the routers decide. It knows the first forward only.
+        table: decides under hash routing; None: the routers decide.
         top_t: how many of the router's probabilities to record per token.
-        awake: while generating, the rows that are not done yet, bool (batch,); None: all.
-        decisions: MoE layer -> what its router decided in its first forward, the prompt's.
+        awake: of a step that writes a token per row, the rows that go on, bool (batch,); None: it is no such step.
+        decisions: MoE layer -> what its router decided for real tokens.
     """
 
     batch: int
@@ -42,7 +43,7 @@ class Forward:
     def real(self, stream: int, tokens: int) -> torch.Tensor:
         """The positions of real tokens among so many that have come to a layer, int64."""
         mask = self.masks[stream]
-        if tokens != len(mask):  # the first forward is over: a new token per row, or as many as there are rows
+        if tokens != len(mask):  # a family without a cache reads all tokens again
             if self.awake is None or tokens % len(self.awake):
                 return torch.arange(tokens)
             mask = self.awake.repeat_interleave(tokens // len(self.awake))

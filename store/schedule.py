@@ -92,6 +92,15 @@ class Schedule:
                     self._want(position, list(likely))
         self._proceed()
 
+    def expect(self, batch: int, layer: int, experts: Sequence[int]) -> None:
+        """Says of one layer of a batch under way what is known now, in place of what was said before."""
+        with self._changed:
+            self._planned.add(batch)
+            position = batch * self._layers + layer
+            self._pass(position)
+            self._want(position, [(layer, expert) for expert in experts])
+        self._proceed()
+
     def finish(self, batch: int) -> None:
         """The batch has been executed: what it still wanted, or any planned before it, is no longer wanted.
 

@@ -101,7 +101,7 @@ class Gating:
         self.memory.view(dtype).normal_(std=0.02)
         self._router = torch.randn(setting.experts, setting.d_model, device=device, dtype=dtype)
         offsets = {part.name: part.offset for part in block.parts}
-        self._shape = ExpertShape(setting.experts, *width, dtype, **offsets)
+        self._shape = ExpertShape(setting.experts, *width, dtype, up=offsets["up"], down=offsets["down"])
         blocks = self.memory.view(setting.experts, block.nbytes)
         self._weights = {
             part.name: blocks[:, part.offset : part.offset + part.nbytes].view(dtype).view(setting.experts, *part.shape)

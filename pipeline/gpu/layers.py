@@ -64,9 +64,15 @@ class DeviceForward:
 
 
 class CurrentForward:
-    """Holds the forward under way, for the MoE layers of one model."""
+    """Holds the forward under way, for the MoE layers of one model.
+
+    Attributes:
+        ahead: called with the layer, what comes to it, (tokens, d_model), and its experts, (tokens, top_k), -1 for none, before
+            they are computed: whoever guesses what later layers will need. No word between host and device in there.
+    """
 
     forward: DeviceForward
+    ahead: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class DeviceExperts:
@@ -114,6 +120,8 @@ class DeviceExperts:
             experts, weights = table
         groups = grouping.group(experts, self._shape)
         output = kernels.room(hidden, groups)
+        if self._current.ahead is not None:
+            self._current.ahead(self._layer, hidden, experts)
         now.routed(self._layer, groups.counts)
         in_part = True
         while in_part:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from store.random_weights import RandomTensor
 
 EMBEDDINGS = {"shared", "embed_tokens"}
-ATTENTION = {"SelfAttention", "EncDecAttention"}
+ATTENTION = {"SelfAttention", "EncDecAttention", "self_attn"}
 
 
 def switch(name: str, shape: tuple[int, ...]) -> RandomTensor:
-    """Spreads a sentence over dozens of experts, as a trained Switch Transformer does; wider weights crowd it onto a handful."""
+    """Spreads a sentence over dozens of experts, as trained models do; wider weights crowd it onto a handful."""
     modules = name.split(".")
     if len(shape) < 2:
         return RandomTensor(shape, 0.0 if modules[-1] == "bias" else 1.0, 0.0)  # what is no bias is a norm
