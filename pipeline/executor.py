@@ -8,7 +8,7 @@ repeated, in any order, by a restarted Executor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -70,8 +70,12 @@ class Executor:
         return os.getpid()
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
-        """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
-        self._device.plan(batch, prediction.table.uses_under(routing))
+        """Hears which experts a later batch will need; they are copied as soon as there is room, for which this does not wait."""
+        self._ahead.submit(self._plan, batch, prediction, routing)
+
+    def plan_uses(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """`plan`, of a table that is not at hand: per MoE layer (expert, probability that the batch needs it), likeliest first."""
+        self._device.plan(batch, uses)
 
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
@@ -145,12 +149,15 @@ class Executor:
             if prediction is None and self._predicting is not None:
                 prediction = timed(self._predictor, batch.tokens)
             if prediction is not None:
-                self.plan(batch.index, prediction, routing)
+                self._plan(batch.index, prediction, routing)
             table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
             work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken)
             self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
         except BaseException as error:
             done.set_exception(error)
+
+    def _plan(self, batch: int, prediction: Prediction, routing: str) -> None:
+        self._device.plan(batch, prediction.table.uses_under(routing))
 
     def _run(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
         """One batch through both threads; the future gets what `finished` makes of its answer."""

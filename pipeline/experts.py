@@ -58,7 +58,12 @@ class Current:
 class SlotExperts:
     """The experts of one MoE layer, in slots or in the arena (pipeline.routing.Experts)."""
 
-    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current):
+    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current, asks: bool):
+        """
+        Args:
+            asks: the router, even where a table decides (ExecutorSpec.asks_routers).
+        """
+        self._asks = asks
         self._layer, self._stream, self._expert = layer, stream, expert
         self._engine, self._current = engine, current
 
@@ -66,15 +71,16 @@ class SlotExperts:
         now = self._current.forward
         real = now.real(self._stream, len(hidden))
         first = self._layer not in now.decisions and len(hidden) == len(now.masks[self._stream])
-        if now.table is not None and first:
-            experts = torch.from_numpy(now.table.experts[self._layer].astype(np.int64)).to(hidden.device)
-            weights = torch.from_numpy(now.table.scaling[self._layer]).to(hidden.device, hidden.dtype)
-        else:
+        table = now.table if first else None
+        if table is None or self._asks:
             routing = route()
             experts, weights = routing.experts[real], routing.weights[real]
             if first:
                 logits = routing.logits[real] if routing.logits is not None else None
                 now.decisions[self._layer] = record(logits, routing.chosen[real], weights, now.top_t)
+        if table is not None:
+            experts = torch.from_numpy(table.experts[self._layer].astype(np.int64)).to(hidden.device)
+            weights = torch.from_numpy(table.scaling[self._layer]).to(hidden.device, hidden.dtype)
         output = torch.zeros_like(hidden)
         output[real] = self._run(now.batch, hidden[real], experts, weights)
         return output

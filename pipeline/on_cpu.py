@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.data import Batch
 from pipeline.device import Answer, ExecutorSpec
 from pipeline.experts import Current, Forward, SlotExperts
@@ -30,6 +31,7 @@ class OnCPU:
     miss_path = "in_place"
 
     def __init__(self, spec: ExecutorSpec, arena: Arena):
+        keep_freed_memory()
         self._task, self._top_k = spec.task, spec.model.shape.top_k
         cpu = torch.device("cpu")
         engine = ReadAheadEngine if spec.read_ahead else CopyEngine
@@ -37,7 +39,7 @@ class OnCPU:
         self._current = Current()
 
         def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
-            return SlotExperts(layer, stream, expert, self._engine, self._current)
+            return SlotExperts(layer, stream, expert, self._engine, self._current, spec.asks_routers)
 
         self._model = build(spec.model, arena, experts, cpu)
 

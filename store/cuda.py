@@ -77,6 +77,11 @@ def store(target: int, value: int, stream: int) -> None:
     _call("cuStreamWriteValue64_v2", stream, target, value, 0)
 
 
+def launch(graph: int, stream: int) -> None:
+    """An instantiated graph (torch.cuda.CUDAGraph.raw_cuda_graph_exec): torch's `replay` without the state of random numbers."""
+    _call("cuGraphLaunch", graph, stream)
+
+
 def wait(stream: int, event: Event) -> None:
     """What is given to the stream from now on waits for the event."""
     _call("cuStreamWaitEvent", stream, event.handle, 0)
@@ -124,11 +129,12 @@ _ARGUMENTS = {
     "cuCtxSetCurrent": (c_void_p,),
     "cuEventQuery": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
+    "cuGraphLaunch": (c_void_p, c_void_p),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
     "cuStreamWriteValue64_v2": (c_void_p, c_uint64, c_uint64, c_uint),
 }
-"""Of the calls that are made for every expert: once these are known, plain integers need no wrapping."""
+"""Of the calls that are made for every expert or layer: once these are known, plain integers need no wrapping."""
 
 
 @cache

@@ -36,6 +36,8 @@ class Mark(Protocol):
     def wait(self) -> None:
         """Blocks this thread, and no other, until the point is reached."""
 
+    def is_reached(self) -> bool: ...
+
     def span(self) -> tuple[int, int]:
         """When the `fill` that ends here was done, time.time_ns(); for a mark that has been reached."""
 
@@ -107,6 +109,9 @@ class CudaMark:
 
     def wait(self) -> None:
         self.ended.synchronize()
+
+    def is_reached(self) -> bool:
+        return self.ended.is_reached
 
     def span(self) -> tuple[int, int]:
         return self.clock.ns(self.begun), self.clock.ns(self.ended)

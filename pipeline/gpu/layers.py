@@ -81,16 +81,18 @@ class DeviceExperts:
         slots: tuple[int, int],
         counters: Counters,
         current: CurrentForward,
+        asks: bool = False,
     ):
         """
         Args:
+            asks: the router, even where a table decides (ExecutorSpec.asks_routers).
             table: int64 (experts,), this layer's part of the pointer table.
             slots: first address of the slots and the first behind them.
         """
         self._layer, self._stream = layer, stream
         self._shape, self._table, self._slots = shape, table, slots
         self._routed, self._hits = counters.routed[layer, : shape.experts], counters.hits[layer, : shape.experts]
-        self._current = current
+        self._current, self._asks = current, asks
 
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
@@ -98,9 +100,8 @@ class DeviceExperts:
         # While generating, later forwards bring one token per row, which may be as many as the prompt had.
         first = len(mask) == len(hidden) and self._layer not in now.seen
         now.seen.add(self._layer)
-        if now.tables is not None and first:
-            experts, weights = now.tables[self._layer]
-        else:
+        table = now.tables[self._layer] if now.tables is not None and first else None
+        if table is None or self._asks:
             routing = route()
             experts, weights = torch.where(mask != 0, routing.experts, -1) if first else routing.experts, routing.weights
             if first:
@@ -109,6 +110,8 @@ class DeviceExperts:
                 real = mask[:, 0].nonzero()[:, 0]
                 logits = routing.logits[real] if routing.logits is not None else None
                 now.decisions.append(record(logits, routing.chosen[real], weights[real], now.top_t))
+        if table is not None:
+            experts, weights = table
         groups = grouping.group(experts, self._shape)
         output = kernels.room(hidden, groups)
         now.routed(self._layer, groups.counts)

@@ -39,7 +39,7 @@ from store.ring import HOST_SLOTS, CudaRingLanes
 from store.slots import Slots
 from store.staged_copies import StagedCopyEngine
 
-SWITCH_S = 0.0002
+SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
 
 
@@ -81,7 +81,7 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.asks_routers)
 
             self.model = build(spec.model, arena, experts, device)
         self._asks = spec.demand or host is None
@@ -103,6 +103,7 @@ class OnGPU:
         """The ends of the batches that the GPU has been given last."""
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
+        self.memory_peak_bytes: int | None = None
         self.engine.start()
 
     def _register(self, arena: Arena, device: torch.device) -> int | None:
@@ -135,10 +136,6 @@ class OnGPU:
         cuda.use(self._context)  # the thread may be new to CUDA
         event.synchronize()
 
-    @property
-    def memory_peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device)
-
     def close(self) -> None:
         self.engine.close()
         try:
@@ -164,28 +161,34 @@ class OnGPU:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
-            graphed.record(whole=not self._asks or complete, pieces=not complete)
+            if graphed.record(whole=not self._asks or complete, pieces=not complete):
+                self._look_at_memory()
         except RuntimeError as error:
             self._graphs[key] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
-        graphed.load(host, tables)
+        stream = self.stream.cuda_stream
+        graphed.load(host, tables, stream)
         if graphed.whole is not None and self.engine.is_ready(batch):
-            graphed.whole.pieces[0].replay()
+            cuda.launch(graphed.whole.pieces[0], stream)
             outputs = graphed.whole.outputs
             self.engine.passed(batch, *range(len(outputs.counts)))
             return outputs, "whole"
         assert graphed.pieces is not None
         outputs = graphed.pieces.outputs
-        graphed.pieces.pieces[0].replay()
+        cuda.launch(graphed.pieces.pieces[0], stream)
         for layer, (part, piece) in enumerate(zip(graphed.pieces.parts, graphed.pieces.pieces[1:], strict=True)):
             self._routed(batch, layer, outputs.counts[layer])
             while self.engine.stage(batch, layer):
-                part.replay()
+                cuda.launch(part, stream)
                 self.engine.read(batch, layer)
-            piece.replay()
+            cuda.launch(piece, stream)
             self.engine.passed(batch, layer)
         return outputs, "pieces"
+
+    def _look_at_memory(self) -> None:
+        """After what takes some. Graphs take none when they run, and torch takes a tenth of a millisecond to say."""
+        self.memory_peak_bytes = torch.cuda.max_memory_allocated(self._device)
 
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
         """On demand, or where it could be read nowhere else, what a router has named is wanted in slots."""
@@ -207,7 +210,9 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
+        outputs = Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, [])
+        self._look_at_memory()
+        return outputs, f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}

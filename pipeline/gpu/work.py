@@ -94,7 +94,9 @@ class GPUWork:
         for layer, (stream, width, shape) in enumerate(zip(streams, widths, gpu.shapes, strict=True)):
             routed, hits = counters[:, layer, : shape.experts]
             rows = tiles_for(self._tokens[stream] * width, shape).rows
-            gpu.engine.counted(layer, routed, hits, -(-routed // rows))
+            # The counters of many forwards are those of the last, and a table is about the first.
+            judged = self._batch if gpu.spec.task.one_forward else None
+            gpu.engine.counted(layer, routed, hits, -(-routed // rows), judged)
 
 
 def padded(longest: int) -> int:
