@@ -69,11 +69,11 @@ class OnGPU:
         torch.cuda.init()
         self.stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self.stream):
+            self.counters = Counters(arena.layout.layers, device)  # the first allocation, which makes a context
             host = self._register(arena, device)
             on_device = host is not None or spec.slots > 0
             slots = Slots(arena, spec.slots, device) if on_device else Slots(arena, HOST_SLOTS, None)
             table = PointerTable(arena, host, device)
-            self.counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
             begin = slots.memory.data_ptr()
             self.shapes: list[ExpertShape] = []
