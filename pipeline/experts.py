@@ -51,9 +51,15 @@ class Forward:
 
 
 class Current:
-    """Holds the forward under way, for the MoE layers of one model."""
+    """Holds the forward under way, for the MoE layers of one model.
+
+    Attributes:
+        ahead: called with the layer and the real tokens that come to it, (tokens, d_model), before its experts are computed:
+            whoever guesses what later layers will need.
+    """
 
     forward: Forward
+    ahead: Callable[[int, torch.Tensor], None] | None = None
 
 
 class SlotExperts:
@@ -82,6 +88,8 @@ class SlotExperts:
         if table is not None:
             experts = torch.from_numpy(table.experts[self._layer].astype(np.int64)).to(hidden.device)
             weights = torch.from_numpy(table.scaling[self._layer]).to(hidden.device, hidden.dtype)
+        if self._current.ahead is not None:
+            self._current.ahead(self._layer, hidden[real])
         output = torch.zeros_like(hidden)
         output[real] = self._run(now.batch, hidden[real], experts, weights)
         return output

@@ -15,6 +15,7 @@ from pipeline.device import Answer, ExecutorSpec
 from pipeline.experts import Current, Forward, SlotExperts
 from pipeline.inputs import Hear
 from pipeline.models import build
+from pipeline.predicting.next_layer import FIRST, NextLayer
 from pipeline.routing import Expert
 from pipeline.tasks.writing import OwnSteps
 from predictor.hash_table import HashTable
@@ -38,12 +39,16 @@ class OnCPU:
         cpu = torch.device("cpu")
         engine = ReadAheadEngine if spec.read_ahead else CopyEngine
         self._engine = engine(arena, Slots(arena, spec.slots, cpu), POLICIES[spec.policy](), spec.background)
-        self._current = Current()
+        self.current = Current()
 
         def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
-            return SlotExperts(layer, stream, expert, self._engine, self._current, spec.asks_routers)
+            return SlotExperts(layer, stream, expert, self._engine, self.current, spec.asks_routers)
 
-        self._model = build(spec.model, arena, experts, cpu)
+        self.model = build(spec.model, arena, experts, cpu)
+        self._next_layer: NextLayer | None = None
+        if spec.stepping is not None:
+            self._next_layer = NextLayer(self.model, spec.model.shape.experts, self._top_k)
+            self.current.ahead = self._ahead
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         self._engine.plan(batch * self._task.forwards, uses)
@@ -61,6 +66,13 @@ class OnCPU:
     def close(self) -> None:
         self._engine.close()
 
+    def _ahead(self, layer: int, hidden: torch.Tensor) -> None:
+        """Wants whom the next layer's router would name."""
+        assert self._next_layer is not None
+        if self._next_layer.reaches(layer):
+            named = self._next_layer.named(layer, hidden, torch.ones(len(hidden), dtype=torch.bool))[:-1]
+            self._engine.expect(self.current.forward.batch, layer + 1, named.nonzero()[:, 0].tolist())
+
     def _forward(
         self, batch: Batch, table: HashTable | None, top_t: int | None, hear: Hear | None, foresight: Foresight | None
     ) -> Answer:
@@ -69,10 +81,12 @@ class OnCPU:
         masks = [inputs["attention_mask"], inputs.get("decoder_attention_mask")]
         real = tuple(mask.reshape(-1).bool() for mask in masks if mask is not None)
         first = batch.index * self._task.forwards  # the engine's numbers are of forwards
-        forward = self._current.forward = Forward(first, real, table, top_t or 1)
-        steps = CPUSteps(self._engine, self._current, batch, self._top_k, hear, foresight)
+        forward = self.current.forward = Forward(first, real, table, top_t or 1)
+        if foresight is not None and self._next_layer is not None and self._next_layer.reaches_all:
+            foresight.layers = FIRST  # of the others the layer before says more
+        steps = CPUSteps(self._engine, self.current, batch, self._top_k, hear, foresight)
         try:
-            outputs = self._task.forward(self._model, inputs, steps)
+            outputs = self._task.forward(self.model, inputs, steps)
         finally:
             self._engine.finish(first + self._task.forwards - 1)
         decisions = [forward.decisions[layer] for layer in sorted(forward.decisions)]

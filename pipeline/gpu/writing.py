@@ -31,7 +31,7 @@ from pipeline.gpu.grouping import tiles_for
 from pipeline.gpu.layers import CurrentForward, DeviceForward
 from pipeline.gpu.work import GPUWork
 from pipeline.inputs import Hear
-from pipeline.predicting.next_layer import NextLayer
+from pipeline.predicting.next_layer import FIRST, NextLayer
 from pipeline.tasks.fixed_step import FixedStep, why_not_fixed
 from predictor.hash_table import HashTable
 from predictor.stepping import Foresight
@@ -62,7 +62,7 @@ class Replays:
         self.asks = gpu.asks or spec.stepping is not None
         """Whether what routers name is copied."""
         self.ahead = NextLayer(gpu.model, shape.experts, shape.top_k) if spec.stepping is not None else None
-        if self.ahead is not None and not all(self.ahead.reaches(layer) for layer in range(shape.layers - 1)):
+        if self.ahead is not None and not self.ahead.reaches_all:
             self.ahead = None
         width = max(shape.experts) + 1
         self._named = torch.zeros(shape.layers, 2, width, dtype=torch.int32, device=gpu.counters.both.device)
@@ -202,7 +202,7 @@ class GPUWriting(GPUWork):
         self._replayed: Recorded | None = None
         self._missing: int | None = None  # bytes of experts that were in no slot when they were named; None: nobody asked
         if foresight is not None and gpu.replays is not None and gpu.replays.ahead is not None:
-            foresight.layers = 1  # of the others the layer before says more
+            foresight.layers = FIRST  # of the others the layer before says more
 
     # The work
 
