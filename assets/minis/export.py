@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from assets.minis.network import EOS, PAD, Attention, Dense, Layer, Shape, Stack, Switch
 
@@ -83,14 +83,26 @@ def _stack(stack: Stack, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def tensors(model: Switch, classes: bool) -> dict[str, torch.Tensor]:
-    """By transformers' names, bfloat16 on the CPU."""
+def _named(model: Switch, classes: bool) -> dict[str, torch.Tensor]:
+    """Parameters and views of parameters, by transformers' names."""
     found: dict[str, torch.Tensor] = {"shared.weight": model.shared} | _stack(model.encoder, "encoder")
     if classes:
-        found |= {"classifier.weight": model.head, "classifier.bias": model.head_bias}
-    else:
-        found |= _stack(model.decoder, "decoder")
-    return {name: tensor.detach().to("cpu", torch.bfloat16).clone().contiguous() for name, tensor in found.items()}
+        return found | {"classifier.weight": model.head, "classifier.bias": model.head_bias}
+    return found | _stack(model.decoder, "decoder")
+
+
+def tensors(model: Switch, classes: bool) -> dict[str, torch.Tensor]:
+    """By transformers' names, bfloat16 on the CPU."""
+    found = _named(model, classes).items()
+    return {name: tensor.detach().to("cpu", torch.bfloat16).clone().contiguous() for name, tensor in found}
+
+
+@torch.no_grad()
+def read(model: Switch, directory: Path) -> None:
+    """Fills a model of the same sizes with the encoder-decoder that `write` left in a directory; its head stays as it is."""
+    stored = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, tensor in _named(model, False).items():
+        tensor.copy_(stored[name])
 
 
 def write(model: Switch, directory: Path, classes: bool, tokenizer: Path) -> int:

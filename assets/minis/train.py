@@ -123,9 +123,20 @@ class Record:
 
 
 def train(
-    settings: dict[str, Any], experts: int, data_dir: Path, out: Path, seconds: float, seed: int, graphs: bool
+    settings: dict[str, Any],
+    experts: int,
+    data_dir: Path,
+    out: Path,
+    seconds: float,
+    seed: int = 0,
+    graphs: bool = True,
+    text: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything; returns what metrics.json holds."""
+    """Everything; returns what the file of metrics holds.
+
+    Args:
+        text: an encoder-decoder that was trained before; heads alone are trained then.
+    """
     begun = time.monotonic()
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,18 +153,10 @@ def train(
         out / f"metrics-{experts}.json",
         {"experts": experts, "seconds": seconds, "seed": seed, "device": name, "torch": torch.__version__, "settings": settings},
     )
-    own = settings["pretrain"]
-    model.dropout = own["dropout"]
-    phase = Phase("pretrain", seconds * own["share"], own["lr"], own["weight_decay"], graphs=graphs)
-    stream = torch.from_numpy(data["language"].astype(np.int64)).to(device)
-    goes_on = torch.from_numpy(data["goes_on"]).to(device)
-    record.add(
-        pretrain=steps.run(
-            Steps(model, lambda batch: language_loss(model, batch), phase, device),
-            language(stream, goes_on, own["rows"]),
-            watch=lambda: f"wikipedia {perplexity(model, data, 'wikipedia', device, limit=ROWS_AT_ONCE):.2f}",
-        )
-    )
+    if text is None:
+        _pretrain(model, settings["pretrain"], data, device, seconds, graphs, record)
+    else:
+        export.read(model, text)
     kept = copy.deepcopy(model.state_dict())
     export.rounded(model)
     written = export.write(model, out / f"switch-mini-{experts}-text", False, tokenizer)
@@ -170,6 +173,29 @@ def train(
     record.add(took=round(time.monotonic() - begun, 1))
     say(f"done in {record.found['took']} s")
     return record.found
+
+
+def _pretrain(
+    model: Switch,
+    own: dict[str, Any],
+    data: dict[str, np.ndarray],
+    device: torch.device,
+    seconds: float,
+    graphs: bool,
+    record: Record,
+) -> None:
+    """Gaps in text."""
+    model.dropout = own["dropout"]
+    phase = Phase("pretrain", seconds * own["share"], own["lr"], own["weight_decay"], graphs=graphs)
+    stream = torch.from_numpy(data["language"].astype(np.int64)).to(device)
+    goes_on = torch.from_numpy(data["goes_on"]).to(device)
+    record.add(
+        pretrain=steps.run(
+            Steps(model, lambda batch: language_loss(model, batch), phase, device),
+            language(stream, goes_on, own["rows"]),
+            watch=lambda: f"wikipedia {perplexity(model, data, 'wikipedia', device, limit=ROWS_AT_ONCE):.2f}",
+        )
+    )
 
 
 def _heads(
@@ -228,10 +254,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training; judging takes about 10 seconds more on a GPU")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("minis.yaml"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path, help="the encoder-decoder of an earlier training: heads alone are trained")
     parser.add_argument("--no-graphs", action="store_true", help="run steps without CUDA graphs")
     given = parser.parse_args()
     settings = yaml.safe_load(given.config.read_text())
-    train(settings, given.experts, given.data, given.out, given.minutes * 60, given.seed, not given.no_graphs)
+    train(settings, given.experts, given.data, given.out, given.minutes * 60, given.seed, not given.no_graphs, given.text)
 
 
 if __name__ == "__main__":
