@@ -245,9 +245,9 @@ def test_a_copy_that_breaks_is_told_to_whoever_waits_for_it(engine, monkeypatch)
 
 def test_an_expert_that_was_nowhere_when_it_was_computed_breaks_its_batch(engine):
     routed = np.array([1, 0, 2, 0])
-    engine.counted(0, routed, np.array([1, 0, 1, 0]), routed)
+    engine.counted(0, routed, np.array([1, 0, 1, 0]), routed, 0)
     with pytest.raises(RuntimeError, match=r"MoE layer 0: experts \[2\] were in no slot"):
-        engine.counted(0, routed, np.array([1, 0, 0, 0]), routed)
+        engine.counted(0, routed, np.array([1, 0, 0, 0]), routed, 1)
 
 
 def test_what_lies_in_the_hosts_memory_is_not_on_the_device():
