@@ -35,7 +35,7 @@ class BatchStats:
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
-    how: str | None = None
+    how: str | dict[str, int] | None = None
     """On a GPU, `pipeline.device.Answer.how`."""
     miss_path: str = "in_place"
     """`pipeline.device.Device.miss_path`."""

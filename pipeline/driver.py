@@ -26,7 +26,7 @@ from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.regroup import Grouping, Regrouping, chunks, rebuilt, regroup, row_tables, windows
 from pipeline.window import MAX_LOOKAHEAD, Window
 from predictor.actor import Prediction, Predictor
-from predictor.registry import PredictorSpec
+from predictor.registry import STEPPING, PredictorSpec
 from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo, ExpertStore
 from store.load import Placement
@@ -77,6 +77,8 @@ class Actors:
         if gpus and not ray.cluster_resources().get("GPU"):
             raise ConfigError("device: this Ray has no GPU to give; write `device: cpu`, or start it with `ray start --num-gpus 1`")
         calls = MAX_LOOKAHEAD + 2  # all that may wait, and a question
+        if spec.task.forwards > 1 and predictor.kind in STEPPING:
+            spec = replace(spec, stepping=replace(predictor, device="cpu"))
         if here:
             return cls(None, start_actor(Executor, replace(spec, predictor=predictor), max_concurrency=calls, **gpus))
         return cls(

@@ -154,10 +154,11 @@ class DeviceCopyEngine(Schedule):
             self._want(position, keys)
         self._proceed()
 
-    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray) -> None:
+    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:
         """What a layer's kernels found, told after the batch.
 
         Args:
+            batch: whose table is judged by it; None: it is no more than a part of what the table was about.
             routed: int (experts,): tokens of each expert.
             hits: int (experts,): 1 if it was read from a slot.
             reads: int (experts,): how often its block was read.
@@ -168,6 +169,8 @@ class DeviceCopyEngine(Schedule):
             if not self.is_complete:  # else nobody has to go, ever
                 for expert in used.tolist():
                     self._policy.used((layer, expert))
+                if batch is not None:
+                    self._learn(batch * self._layers + layer, used.tolist())
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))

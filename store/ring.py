@@ -161,7 +161,8 @@ class CudaRingLanes(RingLanes, CudaLanes):
         self._arena = arena
         in_host = slots.memory.device.type == "cpu"
         self._host_slots = slots.memory.view(slots.count, -1) if in_host else None
-        self._ring = pinned(0 if in_host else ENTRIES * self._chunk_bytes).view(ENTRIES, -1)
+        entry_bytes = 0 if in_host else self._chunk_bytes
+        self._ring = pinned(ENTRIES * entry_bytes).view(ENTRIES, entry_bytes)
 
     def _write(self, entry: int, key: Key, slot: int, begin: int, end: int) -> None:
         self._use_context()

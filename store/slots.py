@@ -128,18 +128,21 @@ class Slots:
     def admit(self, key: Key) -> torch.Tensor:
         """Gives the expert a free slot; returns the bytes to fill, uint8 (block bytes,). `complete` must follow."""
         assert key not in self._slot_of and self._free
-        slot = self._slot_of[key] = self._free.pop()
-        nbytes = self.block_bytes(key)
-        self.resident_bytes += nbytes
+        self._slot_of[key] = self._free.pop()
+        self.resident_bytes += self.block_bytes(key)
         self.resident_peak_bytes = max(self.resident_peak_bytes, self.resident_bytes)
-        memory = self._slots[slot]
-        return memory if nbytes == self._arena.layout.slot_bytes else memory[:nbytes]  # a slice takes longer than all else here
+        return self.room(key)
 
     def complete(self, key: Key) -> None:
         """The expert's copy has ended: it may be read from its slot."""
         assert key in self._slot_of and key not in self._ready
         self._ready.add(key)
         self._resident[key[0]] += 1
+
+    def room(self, key: Key) -> torch.Tensor:
+        """The bytes of the slot that the expert has, uint8 (block bytes,)."""
+        memory, nbytes = self._slots[self._slot_of[key]], self.block_bytes(key)
+        return memory if nbytes == self._arena.layout.slot_bytes else memory[:nbytes]  # a slice takes longer than all else here
 
     def evict(self, key: Key) -> None:
         """Frees the slot. Nothing is copied back: experts are read-only."""

@@ -60,7 +60,7 @@ class StagedCopyEngine(DeviceCopyEngine):
                 raise RuntimeError("an expert that a router named has not come, and cannot be read elsewhere")
         return in_parts
 
-    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray) -> None:
+    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:
         """
         Raises:
             RuntimeError: an expert was in no slot when its turn came, so that the answers are wrong.
@@ -68,7 +68,7 @@ class StagedCopyEngine(DeviceCopyEngine):
         missed = np.flatnonzero((routed > 0) & (hits == 0))
         if len(missed):
             raise RuntimeError(f"MoE layer {layer}: experts {missed.tolist()} were in no slot when they were computed")
-        super().counted(layer, routed, hits if self._on_device else np.zeros_like(hits), reads)
+        super().counted(layer, routed, hits if self._on_device else np.zeros_like(hits), reads, batch)
 
     def take(self) -> Movement:
         """Of slots in the host's memory none is resident, and what comes into them has not crossed the link: it is read there."""

@@ -24,10 +24,12 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs, Tables
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
 from pipeline.gpu.work import GPUWork
+from pipeline.gpu.writing import GPUWriting, Replays
 from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
 from pipeline.routing import Expert
 from predictor.hash_table import HashTable
+from predictor.stepping import Foresight
 from store import cuda
 from store.arena import Arena
 from store.cuda import CudaError
@@ -67,11 +69,11 @@ class OnGPU:
         torch.cuda.init()
         self.stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self.stream):
+            self.counters = Counters(arena.layout.layers, device)  # the first allocation, which makes a context
             host = self._register(arena, device)
             on_device = host is not None or spec.slots > 0
             slots = Slots(arena, spec.slots, device) if on_device else Slots(arena, HOST_SLOTS, None)
             table = PointerTable(arena, host, device)
-            self.counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
             begin = slots.memory.data_ptr()
             self.shapes: list[ExpertShape] = []
@@ -81,10 +83,10 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.asks_routers)
 
             self.model = build(spec.model, arena, experts, device)
-        self._asks = spec.demand or host is None
+        self.asks = spec.demand or host is None
         policy = POLICIES[spec.policy]()
         self.lanes: CudaLanes
         self.engine: DeviceCopyEngine
@@ -104,6 +106,8 @@ class OnGPU:
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
         self.memory_peak_bytes: int | None = None
+        with torch.cuda.stream(self.stream):
+            self.replays = Replays(self, self._current, self._recording) if spec.task.forwards > 1 else None
         self.engine.start()
 
     def _register(self, arena: Arena, device: torch.device) -> int | None:
@@ -122,10 +126,19 @@ class OnGPU:
         return host
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        self.engine.plan(batch, uses)
+        self.engine.plan(batch * self.spec.task.forwards, uses)
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> GPUWork:
-        return GPUWork(self, batch, table, top_t, hear)
+    def prepare(
+        self,
+        batch: Batch,
+        table: HashTable | None,
+        top_t: int | None = None,
+        hear: Hear | None = None,
+        foresight: Foresight | None = None,
+    ) -> GPUWork:
+        if self.spec.task.forwards > 1:
+            return GPUWriting(self, batch, table, top_t, hear, foresight)
+        return GPUWork(self, batch, table, top_t)
 
     def wait_for_room(self) -> None:
         """Until the GPU has but one batch to do. With more, whoever is evicted would wait for batches that have not begun."""
@@ -143,13 +156,11 @@ class OnGPU:
         finally:
             self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
-        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> tuple[Outputs, str]:
+        """Enqueues a forward: as a graph when its shape has been seen before.
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
-        if not self.spec.task.one_forward:
-            return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")
@@ -161,8 +172,8 @@ class OnGPU:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
-            if graphed.record(whole=not self._asks or complete, pieces=not complete):
-                self._look_at_memory()
+            if graphed.record(whole=not self.asks or complete, pieces=not complete):
+                self.look_at_memory()
         except RuntimeError as error:
             self._graphs[key] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
@@ -186,21 +197,19 @@ class OnGPU:
             self.engine.passed(batch, layer)
         return outputs, "pieces"
 
-    def _look_at_memory(self) -> None:
+    def look_at_memory(self) -> None:
         """After what takes some. Graphs take none when they run, and torch takes a tenth of a millisecond to say."""
         self.memory_peak_bytes = torch.cuda.max_memory_allocated(self._device)
 
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
         """On demand, or where it could be read nowhere else, what a router has named is wanted in slots."""
-        if self._asks and not self.engine.is_complete:
+        if self.asks and not self.engine.is_complete:
             self.engine.demand(batch, layer, counts[:-1].cpu().numpy().nonzero()[0].tolist())
 
     def _done(self, batch: int, layer: int, in_part: bool) -> None:
         (self.engine.read if in_part else self.engine.passed)(batch, layer)
 
-    def _eager(
-        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
-    ) -> tuple[Outputs, str]:
+    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> tuple[Outputs, str]:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
@@ -210,8 +219,8 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        outputs = Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, [])
-        self._look_at_memory()
+        outputs = Outputs.of(self.spec.task.forward(self.model, inputs), now, [])
+        self.look_at_memory()
         return outputs, f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:

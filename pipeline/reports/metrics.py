@@ -54,7 +54,7 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
         "prediction": prediction_metrics(stats),
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
-        "graphs": dict(Counter(s.how for s in stats if s.how is not None).most_common()) or None,
+        "graphs": dict(_graphs(stats).most_common()) or None,
         "executor_restarts": _restarts(stats),
     } | generation_metrics(stats)
 
@@ -66,6 +66,15 @@ def miss_path(stats: list[BatchStats]) -> dict[str, Any]:
         if because:
             return {"miss_path": path, "staged_because": because}
     return {"miss_path": "in_place", "staged_because": None}
+
+
+def _graphs(stats: list[BatchStats]) -> Counter[str]:
+    """How batches ran on a GPU, or, of those with several, their forwards."""
+    ways: Counter[str] = Counter()
+    for s in stats:
+        if s.how is not None:
+            ways.update(s.how if isinstance(s.how, dict) else [s.how])
+    return ways
 
 
 def generation_metrics(stats: list[BatchStats]) -> dict[str, Any]:

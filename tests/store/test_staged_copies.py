@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from store import arena, lanes, ring
 from store.eviction import LRU
-from store.layout import Key
+from store.lanes import PointerTable
+from store.layout import ArenaLayout, Key
 from store.ring import RingLanes
 from store.slots import Slots
 from store.staged_copies import StagedCopyEngine
@@ -76,27 +80,87 @@ class LateRing(RingLanes):
 def test_every_byte_of_every_expert_passes_through_the_ring(chunk_bytes, entries):
     blocks = {(layer, e): torch.randint(256, (size,), dtype=torch.uint8) for layer, size in enumerate(SIZES) for e in range(4)}
     slots = torch.zeros(4, max(SIZES), dtype=torch.uint8)
-    lanes = LateRing(blocks, slots, chunk_bytes, entries)
+    late = LateRing(blocks, slots, chunk_bytes, entries)
     keys = [(0, 1), (1, 2), (2, 0), (0, 3), (2, 3), (1, 0), (2, 1), (0, 0)]
     for first in range(0, len(keys), 4):
-        marks = [lanes.fill(key, slot) for slot, key in enumerate(keys[first : first + 4])]
+        marks = [late.fill(key, slot) for slot, key in enumerate(keys[first : first + 4])]
         assert not any(mark.is_reached() for mark in marks), "nothing moves before somebody waits"
         for slot, mark in enumerate(marks):
             mark.wait()
             assert mark.is_reached()
             key = keys[first + slot]
-            assert lanes.pointed[-1] == (key, slot)
+            assert late.pointed[-1] == (key, slot)
             assert torch.equal(slots[slot, : SIZES[key[0]]], blocks[key])
             begin, end = mark.span()
             assert begin > end == 1
-    assert not lanes.has_more and not lanes._ends
+    assert not late.has_more and not late._ends
+
+
+class PlayedDriver:
+    """In the place of store.cuda: addresses are the host's, and streams do at once what they are given."""
+
+    def __init__(self) -> None:
+        self.copied_bytes = 0
+
+    def Event(self, stream: int) -> SimpleNamespace:
+        return SimpleNamespace(is_reached=True, synchronize=lambda: None, ms_until=lambda later: 0.0)
+
+    def context(self) -> int:
+        return 1
+
+    def use(self, context: int) -> None:
+        assert context == 1
+
+    def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+        self.copied_bytes += nbytes
+
+    def store(self, target: int, value: int, stream: int) -> None:
+        ctypes.c_int64.from_address(target).value = value
+
+    def wait(self, stream: int, event: SimpleNamespace) -> None:
+        pass
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_lanes_of_a_gpu_copy_and_point_and_withdraw(tmp_path, monkeypatch, on_device):
+    driver = PlayedDriver()
+    for module in (lanes, ring):
+        monkeypatch.setattr(module, "cuda", driver)
+    monkeypatch.setattr(ring, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(ring, "pinned", lambda nbytes: torch.full((nbytes,), 255, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the process
+    layout = ArenaLayout.of([(3, {"w": ((size,), "uint8")}) for size in SIZES], {})
+    made = arena.build(tmp_path / "arena", layout, "identity", lambda memory: memory.copy_(torch.arange(len(memory)) % 251))
+    slots = Slots(made, 2, CPU)
+    slots.memory.fill_(255)
+    table = PointerTable(made, None, CPU)
+    there = slots
+    if on_device:  # as far as anybody can see
+        memory = SimpleNamespace(device=torch.device("cuda"))
+        there = SimpleNamespace(memory=memory, count=2, address=slots.address)
+    gpu = ring.CudaRingLanes(made, there, table, SimpleNamespace(cuda_stream=3))
+    assert gpu._ring.numel() == (ring.ENTRIES * 1000 if on_device else 0)
+    keys = [(layer, expert) for expert in range(3) for layer in range(3)]
+    for turn, key in enumerate(keys):
+        mark = gpu.fill(key, turn % 2)
+        assert int(table.entries[key]) == 0 and not mark.is_reached()
+        mark.wait()
+        assert mark.is_reached()
+        assert int(table.entries[key]) == slots.address(turn % 2)
+        assert torch.equal(slots._slots[turn % 2][: made.block(*key).numel()], made.block(*key))
+        gpu.withdraw(key)
+        assert not table.entries.any()
+    assert driver.copied_bytes == (sum(made.block(*key).numel() for key in keys) if on_device else 0)
+    made.remove()
 
 
 @pytest.fixture
 def engine() -> Iterator[StagedCopyEngine]:
     """Two slots, and a layer of four experts."""
-    arena = make_arena([(4, 256)])
-    made = StagedCopyEngine(arena, Slots(arena, 2, CPU), LRU(), LiveRing(2))
+    blocks = make_arena([(4, 256)])
+    made = StagedCopyEngine(blocks, Slots(blocks, 2, CPU), LRU(), LiveRing(2))
     made.start()
     yield made
     made._lanes.let(*made._lanes.held)
@@ -181,14 +245,14 @@ def test_a_copy_that_breaks_is_told_to_whoever_waits_for_it(engine, monkeypatch)
 
 def test_an_expert_that_was_nowhere_when_it_was_computed_breaks_its_batch(engine):
     routed = np.array([1, 0, 2, 0])
-    engine.counted(0, routed, np.array([1, 0, 1, 0]), routed)
+    engine.counted(0, routed, np.array([1, 0, 1, 0]), routed, 0)
     with pytest.raises(RuntimeError, match=r"MoE layer 0: experts \[2\] were in no slot"):
-        engine.counted(0, routed, np.array([1, 0, 0, 0]), routed)
+        engine.counted(0, routed, np.array([1, 0, 0, 0]), routed, 1)
 
 
 def test_what_lies_in_the_hosts_memory_is_not_on_the_device():
-    arena = make_arena([(4, 256)])
-    engine = StagedCopyEngine(arena, Slots(arena, 2, CPU), LRU(), LiveRing(2), on_device=False)
+    blocks = make_arena([(4, 256)])
+    engine = StagedCopyEngine(blocks, Slots(blocks, 2, CPU), LRU(), LiveRing(2), on_device=False)
     engine.start()
     in_threads(lambda: run(engine, 0, [A, B, C]))
     routed = np.array([1, 1, 2, 0])
