@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.executor import Executor
 from pipeline.inputs import Result
+from pipeline.machine import hardware
 from pipeline.prepare import Prepared, own_predictor, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import fidelity
@@ -67,6 +68,7 @@ class Measured:
     Attributes:
         whole, exact: the task's own measures, of transformers' whole model (empty if not asked for) and of exact routing.
         difference: the largest between an output of the two, as a share of the largest output.
+        hardware: what all this ran on.
         predicted: by the predictor's name.
     """
 
@@ -74,6 +76,7 @@ class Measured:
     exact: dict[str, float]
     difference: float
     predicted: dict[str, Predicted]
+    hardware: str
 
 
 @contextmanager
@@ -119,7 +122,8 @@ def measure(config: Config, predictors: dict[str, Config], answers: bool) -> Mea
                     qualities = (prepared.task.quality(prepared.rows, rows) for rows in (exact, hashed))
                     found.fidelity = fidelity(exact, hashed, *qualities)
                 predicted[name] = found
-    return Measured(whole, prepared.task.quality(prepared.rows, exact), difference, predicted)
+    quality = prepared.task.quality(prepared.rows, exact)
+    return Measured(whole, quality, difference, predicted, hardware(prepared.device))
 
 
 def _exactly(executor: Executor, batches: list[Batch]) -> tuple[list[Result], list[Trace]]:

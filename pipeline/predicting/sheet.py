@@ -26,7 +26,7 @@ class Sheet:
     common: keys of a config that all rows have.
     rows: name -> the rest of its config, and under `training` what its `data` is for training, under `paper` what the paper says.
     predictors: name -> keys of `predictor`, and under `train` those of `train`; without that it is not trained.
-    directory: where trained predictors are.
+    directory: where trained predictors are, and figures.
     """
 
     rows: dict[str, dict]
@@ -68,6 +68,10 @@ class Sheet:
     def paper(self, row: str, table: str) -> str:
         """What the paper has in this place, if anything."""
         return str(self.rows[row].get("paper", {}).get(table, "-"))
+
+    def figures(self, row: str) -> Path:
+        """Where what was measured of a row is kept."""
+        return Path(self.directory) / f"{_plain(row)}.json"
 
     def _path(self, row: str, predictor: str) -> Path:
         return Path(self.directory) / f"{_plain(row)}-{_plain(predictor)}.safetensors"

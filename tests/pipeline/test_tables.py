@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_what_texts_leave_idle_is_counted_text_by_text(sheet):
     assert sum(int(row[2]) for row in head) == 21
     idle = [float(row[3].strip("%")) for row in head]
     assert idle == sorted(idle, reverse=True)
+
+
+def test_all_tables_are_of_one_measurement_whose_figures_are_kept(sheet, capsys):
+    assert main(["all", str(sheet), "predictors={svd: {kind: rehearsal, stand_ins: {kind: svd, budget: 100%}}}"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line in TABLES] == list(TABLES)
+    loaded = load_sheet(sheet, [])
+    head, text = (json.loads(loaded.figures(row).read_text()) for row in ("head", "text"))
+    assert head["whole"]["accuracy"] == head["exact"]["accuracy"] and text["whole"]["perplexity"] > 1
+    assert (
+        list(head["predictors"]) == ["svd"] and sum(saved["texts"] for saved in head["predictors"]["svd"]["memory"].values()) == 21
+    )
+    assert f"{head['predictors']['svd']['mean_top1']:.1%}" in printed
+    assert not loaded.figures("absent").exists()
 
 
 def test_what_a_prediction_costs_is_measured(sheet):
