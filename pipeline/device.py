@@ -16,6 +16,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
+from pipeline.parallel.exchange import Exchange
 from pipeline.tasks.registry import Task
 from predictor.hash_table import HashTable
 from predictor.registry import PredictorSpec
@@ -35,6 +36,7 @@ class ExecutorSpec:
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
+        exchange: with the owners of experts that are not here; put in by a Rank, in its own process (pipeline/parallel/rank.py).
     """
 
     model: ModelSpec
@@ -49,6 +51,7 @@ class ExecutorSpec:
     read_ahead: bool = False
     predictor: PredictorSpec | None = None
     top_t: int | None = None
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class OnCPU:
         self._current = Current()
 
         def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
-            return SlotExperts(layer, stream, expert, self._engine, self._current)
+            return SlotExperts(layer, stream, expert, self._engine, self._current, spec.exchange)
 
         self._model = build(spec.model, arena, experts, cpu)
 

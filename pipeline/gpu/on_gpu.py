@@ -75,7 +75,7 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.exchange)
 
             self.model = build(spec.model, arena, experts, device)
         self.lanes = CudaLanes(arena, slots, table, self.stream)
@@ -131,6 +131,9 @@ class OnGPU:
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
+        if self.spec.exchange is not None:  # which asks the GPU for sizes
+            self.counters.both.zero_()  # a layer may get no token
+            return self._eager(batch, host, tables, top_t, "experts at other Executors", hear)
         if not self.spec.task.one_forward:
             return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)

@@ -126,7 +126,7 @@ def judge(loads: Loads, devices: list[int], replicas: list[int]) -> Iterator[dic
             for planned_on, seen in loads.plans().items():
                 for placement in PLACEMENTS:
                     found = Balance.of(loads.judged, place(seen, count, placement, copies))
-                    row = {"batches": loads.batches, "devices": count, "replicas": copies}
+                    row: dict[str, Any] = {"batches": loads.batches, "devices": count, "replicas": copies}
                     row |= {"planned_on": planned_on, "placement": placement}
                     yield row | {key: round(value, 4) for key, value in asdict(found).items()}
 
