@@ -18,6 +18,9 @@ from pipeline.parallel.placement import Assignment
 
 LOOPBACK = "127.0.0.1"
 
+START_S = 300.0
+"""How long ranks may take to come: each is a process that has yet to start. One that dies meanwhile is noticed sooner."""
+
 
 @dataclass(frozen=True)
 class Membership:
@@ -25,7 +28,7 @@ class Membership:
 
     Attributes:
         address, port: of the meeting place.
-        timeout_s: a rank that keeps the others waiting longer is taken for lost.
+        timeout_s: a rank that keeps the others waiting longer, once all have come, is taken for lost.
     """
 
     rank: int
@@ -43,15 +46,16 @@ class Membership:
         if self.address == LOOPBACK:  # gloo and NCCL listen on ports of their own
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        wait = timedelta(seconds=self.timeout_s)
         try:
-            store = dist.TCPStore(self.address, self.port, is_master=False, timeout=wait)
+            store = dist.TCPStore(self.address, self.port, is_master=False, timeout=timedelta(seconds=START_S))
+            store.set(f"rank {self.rank}", "has come")
+            store.wait([f"rank {rank}" for rank in range(self.assignment.devices)])
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else "nccl",
                 store=store,
                 rank=self.rank,
                 world_size=self.assignment.devices,
-                timeout=wait,
+                timeout=timedelta(seconds=self.timeout_s),
                 device_id=None if device.type == "cpu" else device,  # NCCL then connects now, and not in the first batch
             )
         except RuntimeError as error:

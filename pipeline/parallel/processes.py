@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS
 from pipeline.parallel.exchange import PeerLost, Traffic
 from pipeline.parallel.group import GroupLost, Step
-from pipeline.parallel.membership import MeetingPlace, Membership
+from pipeline.parallel.membership import START_S, MeetingPlace, Membership
 from pipeline.parallel.placement import Assignment
 from pipeline.parallel.rank import Rank
 
@@ -48,7 +48,7 @@ class Processes:
         """Starts one process per rank and waits until all can work.
 
         Args:
-            spec: of every rank; on a GPU, rank r takes the r-th.
+            spec: of every rank; on a GPU, each rank has one of its own, and sees no other.
             timeout_s: a rank that does not answer for so long is taken for lost.
 
         Raises:
@@ -62,15 +62,14 @@ class Processes:
         self._processes: list[SpawnProcess] = []
         for rank in range(assignment.devices):
             ours, theirs = spawn.Pipe()
-            own = spec if spec.device == "cpu" else replace(spec, device=f"cuda:{rank}")
-            process = spawn.Process(target=_work, args=(own, self._place.membership(rank), theirs), daemon=True)
+            process = spawn.Process(target=_work, args=(spec, self._place.membership(rank), theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
         self._said: list[deque[Any]] = [deque() for _ in self._pipes]
         try:
-            self._hear()
+            self._hear(START_S)
         except BaseException:
             self.stop()
             raise
@@ -85,13 +84,13 @@ class Processes:
             self._send(pipe, call)
 
     def answer(self) -> list[BatchResult]:
-        return self._hear()
+        return self._hear(self._timeout_s)
 
     def traffic(self) -> list[Traffic]:
         """What each rank has sent so far. When all steps have been answered."""
         for pipe in self._pipes:
             self._send(pipe, "traffic")
-        return self._hear()
+        return self._hear(self._timeout_s)
 
     def close(self) -> None:
         """Lets every rank give up what it has; `stop` where there is no time for that."""
@@ -115,13 +114,13 @@ class Processes:
         except OSError as error:
             raise GroupLost(f"a rank has died: {error}") from error
 
-    def _hear(self) -> list[Any]:
+    def _hear(self, timeout_s: float) -> list[Any]:
         """The next word of every rank."""
         while not all(self._said):
             silent = [pipe for pipe, said in zip(self._pipes, self._said, strict=True) if not said]
-            ready = wait(silent, self._timeout_s)
+            ready = wait(silent, timeout_s)
             if not ready:
-                raise GroupLost(f"{len(silent)} of {len(self._pipes)} ranks have said nothing for {self._timeout_s:g} s")
+                raise GroupLost(f"{len(silent)} of {len(self._pipes)} ranks have said nothing for {timeout_s:g} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -143,6 +142,9 @@ def _understood(word: Any) -> Any:
 
 def _work(spec: ExecutorSpec, membership: Membership, pipe: Connection) -> None:
     """The life of a rank's process."""
+    if spec.device != "cpu":  # before torch asks CUDA anything
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[membership.rank] if visible else str(membership.rank)
     answers: SimpleQueue[Future[Any] | None] = SimpleQueue()
     try:
         rank = Rank(spec, membership)

@@ -102,11 +102,10 @@ class _InGroup:
     def inputs(self, batch: Batch, *more: Any) -> Inputs:
         if len(batch.rows):
             return self.task.inputs(batch, *more)
-        return {name: torch.zeros(0, 1, dtype=torch.int64) for name in ("attention_mask", "decoder_attention_mask")}
+        return {name: torch.zeros(1, 1, dtype=torch.int64) for name in ("attention_mask", "decoder_attention_mask")}
 
     def forward(self, model: Any, inputs: Inputs, *more: Any) -> torch.Tensor:
-        rows = len(inputs["attention_mask"])
-        outputs = self.task.forward(model, inputs, *more) if rows else torch.empty(0)
+        outputs = self.task.forward(model, inputs, *more) if "input_ids" in inputs else torch.empty(0)
         self.exchange.end()
         return outputs
 
