@@ -18,9 +18,6 @@ from pipeline.parallel.placement import place
 from pipeline.parallel.processes import Processes
 from predictor.actor import Prediction
 
-AHEAD = 3
-"""Steps that the ranks have been given beside the one that runs: enough to be made ready meanwhile."""
-
 
 class Parallel:
     """See `pipeline.bench.systems.Running`. Experts are placed by the true tables of the first half of the batches."""
@@ -33,19 +30,13 @@ class Parallel:
         plan = place(predicted(seen, shape), given.devices, placement, config.parallel.replicas)
         spec = replace(workload.executor_spec(given), policy="lookahead")
         spec = replace(spec, threads=max(1, spec.threads // given.devices))
-        self._processes: Processes | None = None
-
-        def start() -> Processes:
-            self._processes = Processes(spec, plan, config.parallel.timeout_s)
-            return self._processes
-
         self._devices, self._next = given.devices, 0
-        self._group = Group(start, given.devices)
+        self._group = Group(lambda: Processes(spec, plan, config.parallel.timeout_s), given.devices)
 
     def run(self, batches: list[Batch]) -> Pass:
         outputs, times, stats = [], [], []
         start = last = time.perf_counter()
-        for number, result in enumerate(self._group.run(self._numbered(batches), "exact", AHEAD)):
+        for number, result in enumerate(self._group.run(self._numbered(batches), "exact")):
             outputs.append(numbers(result.results))
             stats.append(result.stats)
             if number % self._devices == self._devices - 1 or number == len(batches) - 1:  # a step's last: they come together
@@ -56,9 +47,7 @@ class Parallel:
         return Pass(time.perf_counter() - start, outputs, times, stats)
 
     def close(self) -> None:
-        assert self._processes is not None
-        self._processes.close()
-        self._group.stop()
+        self._group.close()
 
     def _numbered(self, batches: list[Batch]) -> Iterator[tuple[Batch, Prediction]]:
         for batch in batches:

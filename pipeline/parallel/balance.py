@@ -24,18 +24,17 @@ import torch
 
 from pipeline.bench.workload import record_batches
 from pipeline.config import Config, load_config
-from pipeline.data import cut
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.machine import hardware
 from pipeline.models import describe
 from pipeline.parallel.balance_report import draw, markdown
 from pipeline.parallel.load import Balance, measured, predicted
 from pipeline.parallel.placement import PLACEMENTS, place
+from pipeline.parallel.sharing import measured_by
 from pipeline.prepare import choose_device, own_predictor, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
-from predictor import traces
 from predictor.tokens import RoutingShape
 from store.actor import ExpertStore
 
@@ -153,9 +152,8 @@ def record(config: Config) -> tuple[Loads, RoutingShape]:
 def replay(config: Config) -> tuple[Loads, RoutingShape]:
     """The rows of `trace.load` in batches of `batch.size`; no weight is read, and no predictor asked."""
     model, _ = describe(config.model, torch.device(choose_device(config.device)), only_headers=True)
-    trace = traces.load(Path(config.trace.load or ""), model.shape, None)
-    rows = cut([len(row) for row in trace.tokens.streams[0]], config.batch)[: config.bench.batches]
-    return Loads(measured([traces.select(trace, part, model.shape) for part in rows], model.shape), None), model.shape
+    loads = measured_by(Path(config.trace.load or ""), config.batch, model.shape, None)
+    return Loads([load[: config.bench.batches] for load in loads], None), model.shape
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,9 @@ from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.parallel.rank import no_rows
 
+AHEAD = 3
+"""Steps that ranks are given beside the one that runs: enough to be made ready meanwhile, and to bring what they need."""
+
 RETRIES = 5
 """A step during which ranks are lost more often than this is taken for the cause."""
 
@@ -64,6 +67,9 @@ class Ranks(Protocol):
             GroupLost: a rank has died, or does not answer.
         """
 
+    def close(self) -> None:
+        """Lets all ranks give up what they have, and ends them."""
+
     def stop(self) -> None:
         """Ends all ranks, whatever they are doing."""
 
@@ -84,7 +90,7 @@ class Group:
         self._ranks: Ranks | None = start()
         self.restarts = 0
 
-    def run(self, batches: Iterable[tuple[Batch, Any]], routing: str, ahead: int) -> Iterator[BatchResult]:
+    def run(self, batches: Iterable[tuple[Batch, Any]], routing: str, ahead: int = AHEAD) -> Iterator[BatchResult]:
         """Runs batches, each with its prediction or None, and yields their results in the order given.
 
         Args:
@@ -113,6 +119,11 @@ class Group:
                 continue
             losses, given = 0, given - 1
             yield from results[: len(under_way.popleft().batches)]
+
+    def close(self) -> None:
+        """Lets the ranks give up what they have, and ends them."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def stop(self) -> None:
         """Ends the ranks, whatever they are doing; another `run` would start new ones."""
