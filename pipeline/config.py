@@ -197,6 +197,8 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
+    executors: int = 1
+    """Each with a GPU of its own, if on one, and with slots of its own under the same budget; all map one arena."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs/default"
     seed: int = 0
