@@ -33,6 +33,8 @@ class BatchStats:
     resident_peak_bytes: int
     predicted_uses: float
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
+    executor: int = 0
+    """Which of the run's Executors, from 0."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
     how: str | None = None

@@ -213,7 +213,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     executors: int = 1
-    """On each machine. Each has a GPU of its own, if on one, and slots of its own under the same budget; all map one arena."""
+    """Each with a GPU of its own, if on one, and with slots of its own under the same budget; all map one arena."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """What `executors: 2` and more share."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -35,6 +35,7 @@ class ExecutorSpec:
         read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead.
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
+        number: which of a run's Executors it is, from 0.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
         exchange: with the owners of experts that are not here; put in by a Rank, in its own process (pipeline/parallel/rank.py).
     """
@@ -52,6 +53,7 @@ class ExecutorSpec:
     predictor: PredictorSpec | None = None
     top_t: int | None = None
     exchange: Exchange | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ class Executor:
             start=answer.span[0],
             end=answer.span[1],
             pid=os.getpid(),
+            executor=self._spec.number,
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
             copy_spans=moved.copy_spans,

@@ -11,15 +11,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from pipeline.actors import Actors, open_store, start_store
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
+from pipeline.driver import overlapping, run_batches
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
-from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, stats_of, versions
+from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.timeline import timeline
@@ -55,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
-                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here)
+                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here, executors=config.executors)
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
@@ -132,7 +133,7 @@ def _execute(
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
-            listen = speaker.listen if speaker is not None else None
+            listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
             for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
                 if speaker is not None:
                     speaker.finish(item.results)
@@ -170,8 +171,8 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         "miss_path": "in_place",
         "expert_bytes": {
             "total": prepared.layout.expert_bytes,
-            "budget": prepared.budget_bytes,
-            "resident_peak": max(s.resident_peak_bytes for s in stats),
+            "budget": prepared.budget_bytes * config.executors,
+            "resident_peak": resident_peak(stats),
             "stand_ins": prepared.stand_in_bytes,
         },
         "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
@@ -191,7 +192,7 @@ def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[s
     second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
     return {
         "timeline.json": timeline(stats),
-        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots),
+        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots * prepared.config.executors),
     }
 
 
@@ -207,6 +208,7 @@ def _say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
     _say(
         f"{sum(shape.experts)} experts in {shape.layers} MoE layers, {_mb(layout.expert_bytes)}; budget "
         f"{prepared.config.store.budget}: {prepared.slots} slots, {_mb(prepared.budget_bytes)}"
+        + (f", for each of {prepared.config.executors} Executors" if prepared.config.executors > 1 else "")
     )
     if entries:
         _say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
@@ -234,6 +236,9 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
             f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
             f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
         )
+    if len(metrics["executors"]) > 1:
+        each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in metrics["executors"])
+        _say(f"Executors: {each}")
     if metrics["executor_restarts"]:
         _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
     if metrics["prediction"]["top1"] is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.bench.limit import fewest_moves
 from pipeline.bench.whole import Pass
 from pipeline.bench.workload import Combination, Workload
+from pipeline.reports.metrics import resident_peak
 
 
 @dataclass
@@ -138,7 +139,7 @@ def _movement(workload: Workload, measured: Measured, link: float | None) -> dic
     }
     bytes_per_second = sum(copied.values()) / (measured.median_ms * len(workload.batches) / 1e3)
     return {
-        "expert_bytes_resident_peak": max(s.resident_peak_bytes for s in stats),
+        "expert_bytes_resident_peak": resident_peak(stats),
         "copied_bytes": copied,
         "moves": sum(s.moves for s in stats) // rounds,
         "hit_rate": round(hits / max(hits + misses, 1), 4),

@@ -1,0 +1,129 @@
+"""The actors of a run: how they are started, waited for and ended, and how their errors come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.device import ExecutorSpec
+from pipeline.dispatch import MAX_WAITING
+from pipeline.errors import USER_ERRORS, ConfigError
+from pipeline.executor import Executor
+from pipeline.predicting.rehearsal import ArenaModel
+from predictor.actor import Predictor
+from predictor.registry import PredictorSpec
+from predictor.tokens import TokenBatch
+from store.actor import ArenaInfo, ExpertStore
+from store.load import Placement
+from store.weights import Source
+
+CALL_RETRIES = 5
+"""A batch during which the Executor dies more often than this is taken for the cause."""
+
+
+def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
+    """An actor of `cls`, on this node as the arena is, restarted when it dies, its unanswered calls repeated."""
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, scheduling_strategy=here, **options)
+    return durable(cls).remote(*arguments)
+
+
+def start_store(path: Path, source: Source, placement: Placement) -> Any:
+    """The ExpertStore actor of this machine; two calls at once, so that a build can be asked how far it is."""
+    return start_actor(ExpertStore, path, source, placement, max_concurrency=2)
+
+
+def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:
+    """Waits for the arena, telling how many bytes are placed."""
+    info = store.open.remote()
+    while not ray.wait([info], timeout=0.5)[0]:
+        progress(result(store.placed_bytes.remote()))
+    return result(info)
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The Predictor and the Executors of a run.
+
+    Attributes:
+        predictor: None: the Executors have the predictor in their own processes.
+    """
+
+    predictor: Any
+    executors: list[Any]
+
+    @classmethod
+    def start(
+        cls, spec: ExecutorSpec, predictor: PredictorSpec, arena: ArenaInfo, threads: int, here: bool = False, executors: int = 1
+    ) -> Actors:
+        """Starts all; `ready` waits for them.
+
+        Args:
+            here: the predictor runs in the Executors' processes, on their devices.
+            executors: how many, each with a GPU of its own where `spec` names one.
+
+        Raises:
+            ConfigError: GPUs are wanted that Ray does not have.
+        """
+        gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
+        own = {} if here or predictor.device == "cpu" else {"num_gpus": 1}
+        wanted, there = executors * len(gpus) + len(own), int(ray.cluster_resources().get("GPU", 0))
+        if wanted > there:
+            raise ConfigError(
+                f"executors: {executors} take {wanted} GPUs{' with the Predictor' if own else ''}, and this Ray has "
+                f"{there or 'none'} to give; write `device: cpu`, fewer executors, or start it with `ray start --num-gpus {wanted}`"
+            )
+        asked = None
+        if not here:
+            asked = start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own)
+        spec = replace(spec, predictor=predictor if here else None)
+        numbered = (replace(spec, number=number) for number in range(executors))
+        return cls(asked, [start_actor(Executor, one, max_concurrency=MAX_WAITING + 1, **gpus) for one in numbered])
+
+    def ready(self) -> None:
+        """Waits until all can work.
+
+        Raises:
+            PredictorError: the predictor's file cannot be used.
+        """
+        result([actor.ready.remote() for actor in self._all])
+
+    def finish(self) -> None:
+        """All is done: the Executors give up the arena."""
+        result([executor.close.remote() for executor in self.executors])
+
+    def stop(self) -> None:
+        """Ends all, whatever they are doing; their locks on the arena go with their processes, shortly after."""
+        for actor in self._all:
+            ray.kill(actor)
+
+    def predict(self, tokens: TokenBatch) -> ray.ObjectRef:
+        """Asks for a table. Where the Executors make them, they do so in turn."""
+        if self.predictor is not None:
+            return self.predictor.predict.remote(tokens)
+        self.executors.append(self.executors.pop(0))
+        return self.executors[-1].predict.remote(tokens)
+
+    @property
+    def _all(self) -> list[Any]:
+        return [*self.executors, *([self.predictor] if self.predictor is not None else [])]
+
+
+def result(refs: Any) -> Any:
+    """ray.get, with errors as they were raised rather than as Ray wraps them."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, USER_ERRORS):
+            raise cause from None
+        raise
+    except RayActorError as error:
+        name = getattr(error, "actor_class_name", None) or "an actor"
+        raise RuntimeError(f"{name} died {CALL_RETRIES + 1} times during one call; the last time: {error}") from None
