@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from pipeline.actors import Actors, open_store, start_store
+from pipeline.actors import Actors, open_store, result, start_store
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
+from pipeline.parallel.actors import start_group
+from pipeline.parallel.group import Group
+from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
@@ -27,6 +31,8 @@ from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
+from predictor.hash_table import HashTable
+from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -41,6 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     prepared = prepare(config)
     check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
+    check_sharing(prepared)
     if config.trace.save is not None:
         check_writable(Path(config.trace.save), "trace.save")
     output = OutputDir(config)
@@ -51,20 +58,26 @@ def run(config: Config) -> dict[str, Any]:
         _say_plan(prepared, entries)
         with cluster(config.cluster.address):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
-            actors = None
+            actors = group = None
             try:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
-                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here, executors=config.executors)
+                shared = config.parallel.placement is not None
+                spec, count = prepared.executor_spec(), 0 if shared else config.executors
+                actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
                 actors.ready()
+                if shared:
+                    group = start_group(prepared, partial(_table, actors), arena.identity)
                 if not entries:
                     output.start_anew(prepared.identity)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, groupings, watch)
+                entries = _execute(actors, group, prepared, output, entries, groupings, watch)
+                if group is not None:
+                    group.close()
                 actors.finish()
             finally:
-                _stop(store, actors, config.store.keep)
+                _stop(store, actors, group, config.store.keep)
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
@@ -77,9 +90,16 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
+def _table(actors: Actors, tokens: TokenBatch) -> HashTable:
+    prediction: Prediction = result(actors.predict(tokens))
+    return prediction.table
+
+
+def _stop(store: Any, actors: Actors | None, group: Group | None, keep: bool) -> None:
     """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
+        if group is not None:
+            group.stop()
         if actors is not None:
             actors.stop()
         ray.get(store.close.remote(keep, PATIENCE_S))
@@ -100,6 +120,7 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
 
 def _execute(
     actors: Actors,
+    group: Group | None,
     prepared: Prepared,
     output: OutputDir,
     entries: list[dict[str, Any]],
@@ -134,7 +155,12 @@ def _execute(
             last = time.perf_counter()
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
             listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
-            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+            if group is not None:
+                asked = ((batch, prediction or actors.predict(batch.tokens)) for batch, prediction in work)
+                results = group.run(asked, routing)
+            else:
+                results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen)
+            for item in results:
                 if speaker is not None:
                     speaker.finish(item.results)
                 now = time.perf_counter()

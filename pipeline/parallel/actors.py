@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,13 +18,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
-from pipeline.errors import USER_ERRORS
+from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.parallel.exchange import PeerLost
-from pipeline.parallel.group import AHEAD, GroupLost, Step
+from pipeline.parallel.group import AHEAD, Group, GroupLost, Step
 from pipeline.parallel.membership import START_S, MeetingPlace
 from pipeline.parallel.placement import Assignment
 from pipeline.parallel.rank import Rank
+from pipeline.parallel.sharing import share_out
+from pipeline.prepare import Prepared
 from predictor.actor import Prediction
+from predictor.hash_table import HashTable
+from predictor.tokens import TokenBatch
 
 
 class ExecutorRank(Rank):
@@ -78,6 +83,29 @@ class RankActors:
         for actor in self._actors:
             with contextlib.suppress(RayError):
                 ray.kill(actor)
+
+
+def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], identity: str) -> Group:
+    """The ranks of a run, as its config says; says how experts are shared out.
+
+    Args:
+        predict: makes a table.
+        identity: of the model's routers, which the arena knows.
+
+    Raises:
+        ConfigError: GPUs are wanted that Ray does not have.
+    """
+    config, spec = prepared.config, prepared.executor_spec()
+    free = int(ray.available_resources().get("GPU", 0))
+    if spec.device != "cpu" and config.executors > free:
+        raise ConfigError(
+            f"executors: {config.executors} take a GPU each, and this Ray has {free or 'none'} to give; write `device: cpu`, or "
+            f"start it with `ray start --num-gpus {config.executors}`"
+        )
+    plan = share_out(prepared, identity, predict)
+    fits = "all of them in slots" if plan.most <= prepared.slots else f"through {prepared.slots} slots"
+    print(f"each expert belongs to one of {config.executors} Executors ({config.parallel.placement}): {plan.most} at most, {fits}")
+    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), config.executors)
 
 
 def _all(refs: list[ray.ObjectRef], timeout_s: float) -> list[Any]:

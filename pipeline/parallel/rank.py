@@ -48,7 +48,8 @@ class Rank(Executor):
         self._own = self._assignment.own(self._rank)
         self._fits, self._filled = sum(map(len, self._own)) <= spec.slots, False
         self._exchange = membership.join(device)
-        super().__init__(replace(spec, task=_InGroup(spec.task, self._exchange), exchange=self._exchange))
+        task = _InGroup(spec.task, self._exchange)
+        super().__init__(replace(spec, task=task, exchange=self._exchange, number=membership.rank))
 
     def step(self, batch: Batch, routing: str, *predictions: Prediction | None) -> Future[BatchResult]:
         """Takes part in one step of the group, after those that it was given before.
