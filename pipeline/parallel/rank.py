@@ -21,7 +21,7 @@ from pipeline.executor import Executor
 from pipeline.inputs import Inputs, Result
 from pipeline.parallel.exchange import Exchange, Traffic
 from pipeline.parallel.membership import Membership, leave
-from pipeline.parallel.placement import EVERYWHERE
+from pipeline.parallel.placement import EVERYWHERE, Assignment
 from pipeline.tasks.registry import Task
 from predictor.actor import Prediction
 from predictor.tokens import TokenBatch
@@ -62,7 +62,7 @@ class Rank(Executor):
             self._filled = True  # all of the share, once; nobody ever has to go
             self._device.plan(batch.index, [[(expert, 1.0) for expert in layer] for layer in self._own])
         elif not self._fits:
-            self._device.plan(batch.index, self._share(predictions, routing))
+            self._device.plan(batch.index, uses_of(self._assignment, self._rank, predictions, routing))
         return self.submit(batch, predictions[self._rank], routing)
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
@@ -76,18 +76,23 @@ class Rank(Executor):
         super().close()
         leave()
 
-    def _share(self, predictions: Sequence[Prediction | None], routing: str) -> Uses:
-        """What all ranks' tables want of the experts here: likely if any of them needs it. A replica serves its own rank alone."""
-        shares: Uses = []
-        for layer, owner in enumerate(self._assignment.owners):
-            unneeded = np.ones(len(owner))
-            for rank, prediction in enumerate(predictions):
-                for expert, p in prediction.table.uses_under(routing)[layer] if prediction is not None else ():
-                    if owner[expert] == self._rank or (owner[expert] == EVERYWHERE and rank == self._rank):
-                        unneeded[expert] *= 1 - p
-            order = np.argsort(unneeded, kind="stable")
-            shares.append([(int(expert), float(1 - unneeded[expert])) for expert in order if unneeded[expert] < 1])
-        return shares
+
+def uses_of(assignment: Assignment, rank: int, predictions: Sequence[Prediction | None], routing: str) -> Uses:
+    """What the tables of all ranks want of the experts of one: likely if any of them needs it. A replica serves its own rank alone.
+
+    Args:
+        predictions: by rank.
+    """
+    shares: Uses = []
+    for layer, owner in enumerate(assignment.owners):
+        unneeded = np.ones(len(owner))
+        for other, prediction in enumerate(predictions):
+            for expert, p in prediction.table.uses_under(routing)[layer] if prediction is not None else ():
+                if owner[expert] == rank or (owner[expert] == EVERYWHERE and other == rank):
+                    unneeded[expert] *= 1 - p
+        order = np.argsort(unneeded, kind="stable")
+        shares.append([(int(expert), float(1 - unneeded[expert])) for expert in order if unneeded[expert] < 1])
+    return shares
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from pipeline.device import ExecutorSpec
 from pipeline.parallel.group import Step
 from pipeline.parallel.load import measured
 from pipeline.parallel.membership import MeetingPlace, Membership
-from pipeline.parallel.placement import Assignment, place
-from pipeline.parallel.rank import Rank
+from pipeline.parallel.placement import EVERYWHERE, Assignment, place
+from pipeline.parallel.rank import Rank, uses_of
 from pipeline.prepare import Prepared, prepare
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle, Random, Worsened
+from predictor.hash_table import HashTable
 from predictor.traces import join
 from store.actor import ExpertStore
 from tests.conftest import SENTENCES, TOKENIZER, answers, config_data, save_switch, write_tsv
@@ -138,6 +139,27 @@ def test_tables_of_all_ranks_plan_the_share_of_each(world, model):
     missed, all_of_them = (sum(sum(r.stats.misses) for r in results) for results in (with_tables, without))
     uses = sum(sum(r.stats.misses) + sum(r.stats.hits) for r in with_tables)
     assert missed < uses / 4 and all_of_them > uses / 2
+
+
+def table(*layers: dict[int, float]) -> Prediction:
+    """One token that needs each expert so likely."""
+    experts = tuple(np.array([list(layer)], dtype=np.int16) for layer in layers)
+    likely = tuple(np.array([list(layer.values())], dtype=np.float32) for layer in layers)
+    return Prediction(HashTable(experts, likely, likely), 0, 0)
+
+
+def test_a_rank_wants_of_all_tables_what_it_owns_and_of_replicas_what_its_own_batch_needs():
+    owner = np.array([0, 1, 0, EVERYWHERE], dtype=np.int16)
+    plan = Assignment((owner, owner), 2)
+    tables = [table({0: 0.5, 1: 0.9, 3: 0.25}, {2: 1.0}), table({0: 0.8, 2: 0.6, 3: 0.75}, {1: 0.5}), None]
+    first = [dict(layer) for layer in uses_of(plan, 0, tables[:2], "exact")]
+    assert first[0] == pytest.approx({0: 0.9, 2: 0.6, 3: 0.25}, abs=1e-5)
+    assert first[1] == pytest.approx({2: 1.0}, abs=1e-5)
+    second = uses_of(plan, 1, tables[:2], "exact")
+    assert [expert for expert, _ in second[0]] == [1, 3]  # the likeliest first
+    assert dict(second[0]) == pytest.approx({1: 0.9, 3: 0.75}, abs=1e-5)
+    assert dict(second[1]) == pytest.approx({1: 0.5}, abs=1e-5)
+    assert uses_of(plan, 1, [None, None], "exact") == [[], []]
 
 
 def test_a_batch_uses_each_expert_once_wherever_its_tokens_are(world, model):
