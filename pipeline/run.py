@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
 from pipeline.parallel.actors import start_group
 from pipeline.parallel.group import Group
+from pipeline.parallel.load import Balance, counted
 from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
@@ -81,6 +83,7 @@ def run(config: Config) -> dict[str, Any]:
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
+        metrics["parallel"] = _shared(prepared, group, entries) if group is not None else None
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
@@ -211,6 +214,13 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         "versions": versions(),
         "config": config.to_dict(),
     }
+
+
+def _shared(prepared: Prepared, group: Group, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """How evenly the run's experts were shared out, as far as routers were asked beside tables."""
+    seen = [s.load for s in stats_of(entries) if s.load]
+    balance = asdict(Balance.of(counted(seen, prepared.model.shape), group.plan)) if seen else {}
+    return {"placement": prepared.config.parallel.placement, "most_experts": group.plan.most, "restarts": group.restarts} | balance
 
 
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:

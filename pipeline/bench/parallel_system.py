@@ -29,9 +29,8 @@ class Parallel:
         placement = config.parallel.placement or "greedy"
         plan = place(predicted(seen, shape), given.devices, placement, config.parallel.replicas)
         spec = replace(workload.executor_spec(given), policy="lookahead")
-        spec = replace(spec, threads=max(1, spec.threads // given.devices))
         self._devices, self._next = given.devices, 0
-        self._group = Group(lambda: Processes(spec, plan, config.parallel.timeout_s), given.devices)
+        self._group = Group(lambda: Processes(spec, plan, config.parallel.timeout_s), plan)
 
     def run(self, batches: list[Batch]) -> Pass:
         outputs, times, stats = [], [], []

@@ -105,7 +105,7 @@ def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], 
     plan = share_out(prepared, identity, predict)
     fits = "all of them in slots" if plan.most <= prepared.slots else f"through {prepared.slots} slots"
     print(f"each expert belongs to one of {config.executors} Executors ({config.parallel.placement}): {plan.most} at most, {fits}")
-    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), config.executors)
+    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), plan)
 
 
 def _all(refs: list[ray.ObjectRef], timeout_s: float) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
+from pipeline.parallel.placement import Assignment
 from pipeline.parallel.rank import no_rows
 
 AHEAD = 3
@@ -78,15 +79,16 @@ class Group:
     """Starts the ranks, and starts them again.
 
     Attributes:
+        plan: who has which expert.
         restarts: how often it had to.
     """
 
-    def __init__(self, start: Callable[[], Ranks], ranks: int):
+    def __init__(self, start: Callable[[], Ranks], plan: Assignment):
         """
         Args:
             start: makes new ones, and waits until they can work.
         """
-        self._start, self._count = start, ranks
+        self._start, self.plan = start, plan
         self._ranks: Ranks | None = start()
         self.restarts = 0
 
@@ -133,5 +135,5 @@ class Group:
 
     def _steps(self, batches: Iterable[tuple[Batch, Any]], routing: str) -> Iterator[Step]:
         left = iter(batches)
-        while some := tuple(islice(left, self._count)):
+        while some := tuple(islice(left, self.plan.devices)):
             yield Step(tuple(batch for batch, _ in some), tuple(prediction for _, prediction in some), routing)

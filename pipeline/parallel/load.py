@@ -37,6 +37,11 @@ def predicted(tables: Sequence[HashTable], shape: RoutingShape) -> list[np.ndarr
     return loads
 
 
+def counted(batches: Sequence[Sequence[Sequence[int]]], shape: RoutingShape) -> list[np.ndarray]:
+    """The same, of tokens that were counted: [batch][MoE layer][expert]."""
+    return [_shares([np.array(batch[i]) for batch in batches]) for i in range(shape.layers)]
+
+
 def _shares(counts: list[np.ndarray]) -> np.ndarray:
     load = np.array(counts, dtype=np.float64)
     total = load.sum(axis=1, keepdims=True)

@@ -13,7 +13,7 @@ from pipeline.bench.workload import record_batches
 from pipeline.config import parse
 from pipeline.parallel.group import RETRIES, Group, GroupLost, Step
 from pipeline.parallel.load import measured
-from pipeline.parallel.placement import place
+from pipeline.parallel.placement import Assignment, place
 from pipeline.parallel.processes import Processes
 from pipeline.prepare import prepare
 from store.actor import ExpertStore
@@ -51,7 +51,7 @@ def test_ranks_are_lost_and_all_batches_are_answered(served):
         started.append(Processes(served.spec, served.plan, timeout_s=10))
         return started[-1]
 
-    group = Group(start, 2)
+    group = Group(start, served.plan)
     try:
         results = []
         for result in group.run(((batch, None) for batch in served.prepared.batches), "exact", ahead=1):
@@ -95,7 +95,7 @@ def scripted(*scripts: list[str]) -> tuple[Group, list[Scripted]]:
         made.append(Scripted(left.pop(0)))
         return made[-1]
 
-    return Group(start, 3), made
+    return Group(start, Assignment((), 3)), made
 
 
 class Numbered:

@@ -71,7 +71,7 @@ def test_answers_equal_the_whole_model(served, replicas, percent, tables, kills)
         started.append(Processes(spec, plan, timeout_s=60))
         return started[-1]
 
-    group = Group(start, 2)
+    group = Group(start, plan)
     try:
         results = []
         for result in group.run(zip(served.prepared.batches, predictions, strict=True), "exact", ahead=1):
