@@ -8,6 +8,7 @@ repeated, in any order, by a restarted Executor.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -37,7 +38,7 @@ class Executor:
     """Run as a Ray actor; plain calls work too, from any number of threads."""
 
     def __init__(self, spec: ExecutorSpec):
-        self._spec = spec
+        self._spec, self._born = spec, time.time_ns()
         arena = Arena.attach(spec.arena)
         if arena is None:
             raise RuntimeError(f"{spec.arena}: the arena is gone; was it removed by hand?")
@@ -180,6 +181,8 @@ class Executor:
             end=answer.span[1],
             pid=os.getpid(),
             executor=self._spec.number,
+            born=self._born,
+            predictor_pid=prediction.pid if prediction else None,
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
             copy_spans=moved.copy_spans,
