@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,21 @@ CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
 
+_STARTED = count(1)
+
+
 class ActorLost(RuntimeError):
     """An actor will not answer a call any more: its machine has gone, or it died too often during that call."""
 
 
-def start_actor(cls: type, *arguments: Any, node: str | None = None, **options: Any) -> Any:
+def start_actor(cls: type, *arguments: Any, node: str | None = None, name: str | None = None, **options: Any) -> Any:
     """An actor of `cls`, restarted when it dies, its unanswered calls repeated.
 
     Args:
         node: Ray's id of the machine, where its arena is; None: this one. When that has gone the actor has, too.
+        name: what dashboard and logs call it; None: its class.
     """
+    options["name"] = f"{name or cls.__name__}-{os.getpid()}.{next(_STARTED)}"  # drivers may share a namespace
     there: Any = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
     durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, scheduling_strategy=there, **options)
     return durable(cls).remote(*arguments)
@@ -52,12 +59,15 @@ def start_store(path: Path, source: Source, placement: Placement, node: str | No
     return start_actor(ExpertStore, path, source, placement, node is not None, node=node, max_concurrency=8)
 
 
-def start_executors(spec: ExecutorSpec, count: int, first: int = 0, node: str | None = None) -> list[Any]:
+def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str | None = None) -> list[Any]:
     """So many of one machine, numbered from `first`, each with a GPU of its own where `spec` names one."""
     options: dict[str, Any] = {"max_concurrency": MAX_WAITING + 1}
     if spec.device != "cpu":
         options["num_gpus"] = 1  # Ray shows an actor only those that it asked for
-    return [start_actor(Executor, replace(spec, number=first + i), node=node, **options) for i in range(count)]
+    return [
+        start_actor(Executor, replace(spec, number=number), node=node, name=f"Executor-{number}", **options)
+        for number in range(first, first + wanted)
+    ]
 
 
 def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:

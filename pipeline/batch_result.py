@@ -37,6 +37,8 @@ class BatchStats:
     """Which of the run's Executors, from 0."""
     born: int = 0
     """When its process began."""
+    queued: int = 0
+    """Batches that it had been sent besides, when this one's answer came."""
     predictor_pid: int | None = None
     """Which process made the table."""
     device_memory_peak_bytes: int | None = None

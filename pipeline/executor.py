@@ -7,6 +7,7 @@ repeated, in any order, by a restarted Executor.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from predictor.traces import Trace
 from store.arena import Arena
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
+"""Ray writes it to the actor's own file, with the actor's name."""
 
 
 class Executor:
@@ -208,6 +211,9 @@ class Executor:
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
         trace = Trace(batch.tokens, tuple(answer.decisions)) if self._spec.top_t is not None and routing == "exact" else None
         results = self._spec.task.results(batch, answer.outputs)
+        used, found = sum(stats.hits) + sum(stats.misses), sum(stats.hits)
+        words = "Executor %d: batch %d of %d rows, %d tokens: %.1f ms, %d of %d uses found in a slot"
+        LOG.info(words, self._spec.number, batch.index, len(batch.rows), stats.tokens, (stats.end - stats.start) / 1e6, found, used)
         stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
         return BatchResult(batch.index, results, stats, trace)
 

@@ -116,6 +116,7 @@ class Floor:
             return None
         self._see(lane, done.stats)
         lane.answered(done.stats.predicted_uses)
+        done.stats.queued = len(lane.under_way)
         return done
 
     def _lose(self, lane: Lane) -> None:

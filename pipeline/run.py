@@ -24,6 +24,7 @@ from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
+from pipeline.reports.live import Live
 from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
@@ -54,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
         losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
         _say_plan(prepared, entries)
-        with cluster(config.cluster.address):
+        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
             actors = machines = None
             try:
@@ -74,15 +75,18 @@ def run(config: Config) -> dict[str, Any]:
                 if not entries:
                     output.start_anew(prepared.identity)
 
+                live = Live()
+
                 def lost(loss: Loss) -> None:
                     losses.append(loss)
+                    live.lost(loss.what)
                     output.add({"loss": loss.to_dict()})
 
                 if entries:
                     lost(Loss("driver", "this command"))
                 machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, groupings, watch, lost)
+                entries = _execute(actors, prepared, output, entries, groupings, watch, live, lost)
                 actors.finish()
             finally:
                 _stop(store, actors, machines, config.store.keep)
@@ -130,6 +134,7 @@ def _execute(
     entries: list[dict[str, Any]],
     groupings: dict[int, Grouping],
     watch: Watch,
+    live: Live,
     lost: Told,
 ) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns the journal's entries of all.
@@ -167,6 +172,7 @@ def _execute(
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
                 watch.saw(item)
+                live.saw(item.stats, len(item.results))
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))

@@ -7,6 +7,7 @@ finished or not, in its place.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from store.load import Placement, load
 from store.transfer import Chunk, Contents, contents, cut, receive
 from store.weights import Source, Weights
 
+LOG = logging.getLogger(__name__)
 DIRECTORY = "SIDA_STORE_DIRECTORY"
 """In the environment of a machine's `ray start`: where its arena lies, instead of where the driver's does."""
 
@@ -84,6 +86,7 @@ class ExpertStore:
                     self._arena = self._received(sender)
                     self._came_by = "transfer"
                 self._seconds = time.perf_counter() - start
+                LOG.info("ExpertStore: %s by %s in %.1f s", self._path, self._came_by, self._seconds)
         return ArenaInfo(
             self._path, self._arena.layout.nbytes, self._arena.identity, self._warm_start, self._seconds, self._came_by
         )

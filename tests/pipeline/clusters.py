@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,19 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline import run as run_module
+from pipeline.cluster import cluster
 from pipeline.config import parse
 from pipeline.reports.output import OutputDir
 from store.actor import DIRECTORY
 
 OBJECT_STORE = 100 * 2**20
-SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
-"""A node that does not answer is given up after 5 s instead of 15."""
+QUICK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 5,
+    "metrics_report_interval_ms": 1000,
+}
+"""A node that does not answer is given up after 5 s instead of 15, and figures come every second instead of every ten."""
 
 
 class Nodes:
@@ -35,9 +42,15 @@ class Nodes:
         self._named: dict[str, Any] = {}
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 1, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "_system_config": SOON},
+            head_node_args={
+                "num_cpus": 1,
+                "object_store_memory": OBJECT_STORE,
+                "include_dashboard": False,
+                "_system_config": QUICK,
+            },
         )
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+        self._connection = contextlib.ExitStack()
+        self._connection.enter_context(cluster(self._cluster.address))
 
     @property
     def names(self) -> list[str]:
@@ -73,8 +86,19 @@ class Nodes:
                     found.append(process)
         return sorted(found, key=lambda process: process.info["create_time"])
 
+    def figures(self) -> str:
+        """What Prometheus would be told by the head."""
+        port = next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            return page.read().decode()
+
+    def logs(self) -> str:
+        """What the head's actors have written."""
+        directory = Path(self._cluster.head_node.get_logs_dir_path())
+        return "".join(file.read_text(errors="replace") for file in directory.glob("worker-*.err"))
+
     def shut_down(self) -> None:
-        ray.shutdown()
+        self._connection.close()
         self._cluster.shutdown()
 
     def _is_ours(self, process: psutil.Process) -> bool:

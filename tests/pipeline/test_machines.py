@@ -6,10 +6,13 @@ seeds run with all tests, the others with `pytest -m slow tests/pipeline/test_ma
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import pytest
 from pipeline.config import parse
 from pipeline.run import run
 from store.arena import clean
-from tests.conftest import SENTENCES, config_data, read_jsonl, save_switch, write_tsv
+from tests.conftest import ROOT, SENTENCES, config_data, read_jsonl, save_switch, write_tsv
 from tests.pipeline.clusters import Nodes, Said, scripted_run, several
 
 pytestmark = pytest.mark.slow
@@ -88,6 +91,26 @@ def test_machines_join_with_and_without_the_checkpoint_and_leave_in_the_middle(n
     assert [one.path for one in removed] == left and not in_use
     nodes.kill("no-room")
     nodes.kill("second")
+
+
+def test_figures_and_logs_of_a_run_are_where_ray_has_them(nodes, alone):
+    def figure(name: str) -> float:
+        return sum(float(line.split()[-1]) for line in nodes.figures().splitlines() if line.startswith(f"ray_sida_{name}{{"))
+
+    for _ in range(100):
+        if figure("rows_total") >= len(ROWS):
+            break
+        time.sleep(0.2)
+    assert figure("rows_total") >= len(ROWS)
+    assert figure("uses_total") > figure("found_total") > 0
+    drawn = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    names = {
+        name for panel in drawn["panels"] for target in panel["targets"] for name in re.findall(r"ray_(sida_\w+)", target["expr"])
+    }
+    there = set(re.findall(r"# TYPE ray_(sida_\w+)", nodes.figures()))
+    assert names - there <= {"sida_lost_total", "sida_stall_ms_total"}, "all that has happened can be drawn"
+    lines = [line for line in nodes.logs().splitlines() if f"batch {len(ROWS) - 1} of" in line]
+    assert lines and "actor_name=Executor-0" in lines[0]
 
 
 class Faults:
