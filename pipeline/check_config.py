@@ -60,6 +60,7 @@ def check_config(config: Config, source: str) -> None:
         "batch.max_tokens": config.batch.max_tokens,
         "batch.window": config.batch.window,
         "executors": config.executors,
+        "cluster.nodes": 1 if config.cluster.nodes == "all" else config.cluster.nodes,
         "predictor.top_k": config.predictor.top_k,
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,
@@ -94,6 +95,8 @@ def check_config(config: Config, source: str) -> None:
     require(config.parallel.replicas >= 0, f"'parallel.replicas' is {config.parallel.replicas}; it must be 0 or more")
     require(math.isfinite(config.parallel.timeout_s), f"'parallel.timeout_s' is {config.parallel.timeout_s}; it must be finite")
     require(not shared or config.executors > 1, "'parallel.placement' shares experts out, and 'executors' is 1; give it 2 or more")
+    one_machine = config.cluster.nodes == 1
+    require(not shared or one_machine, "'parallel.placement' shares experts out on one machine; write cluster.nodes=1")
     for key, given in (("replicas", config.parallel.replicas > 0), ("trace", config.parallel.trace is not None)):
         require(shared or not given, f"'parallel.{key}' is about experts that are shared out; it goes with 'parallel.placement'")
     makes_tables = config.predictor.kind != "none"

@@ -159,6 +159,8 @@ class ParallelConfig:
 class ClusterConfig:
     address: str | None = None
     """null: a Ray of its own, or the one that RAY_ADDRESS names."""
+    nodes: int | Literal["all"] = 1
+    """Machines to use, each with a store and `executors`: those that are there, and those that join later, up to so many."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     executors: int = 1
-    """Each with a GPU of its own, if on one, and with slots of its own under the same budget; all map one arena."""
+    """On each machine. Each has a GPU of its own, if on one, and slots of its own under the same budget; all map one arena."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """What `executors: 2` and more share."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

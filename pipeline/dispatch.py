@@ -35,12 +35,14 @@ class Job:
         prediction: its table, or a reference to it; None: the Executor makes it.
         uses: what its table names, once that is known to whoever chooses.
         answer: a reference to what the Executor will say, once it has been sent.
+        sent: when that was, time.time_ns().
     """
 
     batch: Batch
     prediction: Any
     uses: Uses = ()
     answer: Any = None
+    sent: int = 0
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,10 +54,13 @@ class Lane:
 
     Attributes:
         under_way: what it has been sent and has not answered, in that order.
+        number, pid: of the Executor and of its process, once it has answered.
     """
 
     def __init__(self, executor: Any, slots: int, lookahead: int | Literal["auto"], clock: Callable[[], float] = time.perf_counter):
         self.executor = executor
+        self.number: int | None = None
+        self.pid: int | None = None
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from tqdm import tqdm
 
 from pipeline.actors import Actors, open_store, result, start_store
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
+from pipeline.losses import KINDS, Loss, Told, loss_metrics
+from pipeline.machines import Machine, Machines, Wanted
 from pipeline.parallel.actors import start_group
 from pipeline.parallel.group import Group
 from pipeline.parallel.load import Balance, counted
@@ -26,6 +29,7 @@ from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
+from pipeline.reports.live import Live
 from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
@@ -57,10 +61,11 @@ def run(config: Config) -> dict[str, Any]:
         journal = output.unfinished(prepared.identity)
         entries = [entry for entry in journal if "batch" in entry]
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
+        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
         _say_plan(prepared, entries)
-        with cluster(config.cluster.address):
+        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
-            actors = group = None
+            actors = machines = group = None
             try:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
@@ -68,21 +73,40 @@ def run(config: Config) -> dict[str, Any]:
                 shared = config.parallel.placement is not None
                 spec, count = prepared.executor_spec(), 0 if shared else config.executors
                 actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
+                wanted = Wanted(
+                    replace(spec, predictor=predictor if here else None),
+                    arena.path,
+                    prepared.model.source,
+                    prepared.model.placement,
+                    config.executors,
+                )
                 actors.ready()
-                if shared:
-                    group = start_group(prepared, partial(_table, actors), arena.identity)
                 if not entries:
                     output.start_anew(prepared.identity)
+
+                live = Live()
+
+                def lost(loss: Loss) -> None:
+                    losses.append(loss)
+                    live.lost(loss.what)
+                    output.add({"loss": loss.to_dict()})
+
+                if entries:
+                    lost(Loss("driver", "this command"))
+                machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, group, prepared, output, entries, groupings, watch)
+                if shared:
+                    group = start_group(prepared, partial(_table, actors), arena.identity, lost)
+                entries = _execute(actors, group, prepared, output, entries, groupings, watch, live, lost)
                 if group is not None:
                     group.close()
                 actors.finish()
             finally:
-                _stop(store, actors, group, config.store.keep)
+                _stop(store, actors, group, machines, config.store.keep)
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
+        metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
         metrics["parallel"] = _shared(prepared, group, entries) if group is not None else None
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
@@ -98,13 +122,16 @@ def _table(actors: Actors, tokens: TokenBatch) -> HashTable:
     return prediction.table
 
 
-def _stop(store: Any, actors: Actors | None, group: Group | None, keep: bool) -> None:
-    """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
+def _stop(store: Any, actors: Actors | None, group: Group | None, machines: Machines | None, keep: bool) -> None:
+    """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
         if group is not None:
             group.stop()
         if actors is not None:
             actors.stop()
+        if machines is not None:
+            machines.close(keep, PATIENCE_S)
+            return
         ray.get(store.close.remote(keep, PATIENCE_S))
         ray.kill(store)
 
@@ -129,6 +156,8 @@ def _execute(
     entries: list[dict[str, Any]],
     groupings: dict[int, Grouping],
     watch: Watch,
+    live: Live,
+    lost: Told,
 ) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
@@ -162,7 +191,7 @@ def _execute(
                 asked = ((batch, prediction or actors.predict(batch.tokens)) for batch, prediction in work)
                 results = group.run(asked, routing)
             else:
-                results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen)
+                results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen, lost)
             for item in results:
                 if speaker is not None:
                     speaker.finish(item.results)
@@ -170,6 +199,7 @@ def _execute(
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
                 watch.saw(item)
+                live.saw(item.stats, len(item.results))
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))
@@ -275,8 +305,9 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
     if len(metrics["executors"]) > 1:
         each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in metrics["executors"])
         _say(f"Executors: {each}")
-    if metrics["executor_restarts"]:
-        _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
+    gone = ", ".join(f"{metrics['lost'][kind + 's']} {kind}" for kind in KINDS if metrics["lost"][kind + "s"])
+    if gone:
+        _say(f"lost on the way: {gone}; {metrics['lost']['batches_redone']} batches were sent again, no row is lost")
     if metrics["prediction"]["top1"] is not None:
         top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
         _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")

@@ -19,6 +19,7 @@ from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
+from pipeline.losses import Loss, Told
 from pipeline.parallel.exchange import PeerLost
 from pipeline.parallel.group import AHEAD, Group, GroupLost, Step
 from pipeline.parallel.membership import START_S, MeetingPlace
@@ -85,12 +86,13 @@ class RankActors:
                 ray.kill(actor)
 
 
-def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], identity: str) -> Group:
+def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], identity: str, lost: Told) -> Group:
     """The ranks of a run, as its config says; says how experts are shared out.
 
     Args:
         predict: makes a table.
         identity: of the model's routers, which the arena knows.
+        lost: told when a rank's death has ended all of them.
 
     Raises:
         ConfigError: GPUs are wanted that Ray does not have.
@@ -105,7 +107,11 @@ def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], 
     plan = share_out(prepared, identity, predict)
     fits = "all of them in slots" if plan.most <= prepared.slots else f"through {prepared.slots} slots"
     print(f"each expert belongs to one of {config.executors} Executors ({config.parallel.placement}): {plan.most} at most, {fits}")
-    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), plan)
+
+    def told(batches: int) -> None:
+        lost(Loss("executor", "a rank, and all others with it", redone=batches))
+
+    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), plan, told)
 
 
 def _all(refs: list[ray.ObjectRef], timeout_s: float) -> list[Any]:

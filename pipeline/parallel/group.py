@@ -83,12 +83,13 @@ class Group:
         restarts: how often it had to.
     """
 
-    def __init__(self, start: Callable[[], Ranks], plan: Assignment):
+    def __init__(self, start: Callable[[], Ranks], plan: Assignment, lost: Callable[[int], None] = lambda batches: None):
         """
         Args:
             start: makes new ones, and waits until they can work.
+            lost: told how many batches are done again, whenever that is so.
         """
-        self._start, self.plan = start, plan
+        self._start, self.plan, self._lost = start, plan, lost
         self._ranks: Ranks | None = start()
         self.restarts = 0
 
@@ -114,6 +115,7 @@ class Group:
             except GroupLost as error:
                 losses += 1
                 self.restarts += 1
+                self._lost(sum(len(step.batches) for step in islice(under_way, given)))
                 given = 0
                 self.stop()
                 if losses > RETRIES:

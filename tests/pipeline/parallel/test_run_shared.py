@@ -62,6 +62,7 @@ def test_shared_experts_answer_as_one_executor_does_though_a_rank_is_killed(root
         assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
     assert [one["batches"] for one in metrics["executors"]] == [16, 15]  # batches of 2 rows in turn
     assert sum(one["restarts"] for one in metrics["executors"]) == 2  # both were started again
+    assert metrics["lost"]["executors"] == 1 and metrics["lost"]["batches_redone"] > 0
     assert metrics["parallel"]["restarts"] == 1 and metrics["parallel"]["most_experts"] == 14
     assert 0.5 <= metrics["parallel"]["avg_max_load"] <= metrics["parallel"]["max_load"] <= 1
     assert metrics["hit_rate"] == 1.0  # a share of 60 % is all that a rank needs
