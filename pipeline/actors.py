@@ -20,7 +20,7 @@ from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import Executor
 from pipeline.predicting.rehearsal import ArenaModel
 from predictor.actor import Predictor
-from predictor.registry import PredictorSpec
+from predictor.registry import STEPPING, PredictorSpec
 from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo, ExpertStore
 from store.load import Placement
@@ -57,6 +57,13 @@ def start_store(path: Path, source: Source, placement: Placement, node: str | No
         node: another machine than this; see `start_actor`.
     """
     return start_actor(ExpertStore, path, source, placement, node is not None, node=node, max_concurrency=8)
+
+
+def stepping(spec: ExecutorSpec, predictor: PredictorSpec) -> ExecutorSpec:
+    """With the predictor, in the Executor's process, if the task writes and it says something before every step."""
+    if spec.task.forwards > 1 and predictor.kind in STEPPING:
+        return replace(spec, stepping=replace(predictor, device="cpu"))
+    return spec
 
 
 def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str | None = None) -> list[Any]:
@@ -114,7 +121,8 @@ class Actors:
         asked = None
         if not here:
             asked = start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own)
-        return cls(asked, start_executors(replace(spec, predictor=predictor if here else None), executors))
+        spec = stepping(replace(spec, predictor=predictor if here else None), predictor)
+        return cls(asked, start_executors(spec, executors))
 
     def ready(self) -> None:
         """Waits until all can work.

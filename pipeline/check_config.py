@@ -74,6 +74,7 @@ def check_config(config: Config, source: str) -> None:
         "bench.rounds": config.bench.rounds,
         "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
         "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
+        "bench.prompts": min(config.bench.prompts, default=0),
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
@@ -99,7 +100,8 @@ def check_config(config: Config, source: str) -> None:
     require(not shared or one_machine, "'parallel.placement' shares experts out on one machine; write cluster.nodes=1")
     for key, given in (("replicas", config.parallel.replicas > 0), ("trace", config.parallel.trace is not None)):
         require(shared or not given, f"'parallel.{key}' is about experts that are shared out; it goes with 'parallel.placement'")
-    makes_tables = config.predictor.kind != "none"
-    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
+    kind = config.predictor.kind
+    makes_tables = kind not in ("none", "recent")
+    require(makes_tables or config.routing == "exact", f"'routing: hash' needs tables, and 'predictor.kind: {kind}' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 from tqdm import tqdm
 
-from pipeline.actors import Actors, open_store, result, start_store
+from pipeline.actors import Actors, open_store, result, start_store, stepping
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
@@ -30,7 +30,7 @@ from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
 from pipeline.reports.live import Live
-from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
+from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.timeline import timeline
@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
                 spec, count = prepared.executor_spec(), 0 if shared else config.executors
                 actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
                 wanted = Wanted(
-                    replace(spec, predictor=predictor if here else None),
+                    stepping(replace(spec, predictor=predictor if here else None), predictor),
                     arena.path,
                     prepared.model.source,
                     prepared.model.placement,
@@ -222,28 +222,31 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
         metrics["prediction"] = prediction_metrics(stats_of(second))
     metrics["prediction"]["kind"] = config.predictor.kind
-    return metrics | {
-        "truncated": prepared.truncated,
-        "quality": quality,
-        "routing": config.routing,
-        "device": prepared.device,
-        "miss_path": "in_place",
-        "expert_bytes": {
-            "total": prepared.layout.expert_bytes,
-            "budget": prepared.budget_bytes * config.executors,
-            "resident_peak": resident_peak(stats),
-            "stand_ins": prepared.stand_in_bytes,
-        },
-        "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
-        "arena": {
-            "name": arena.path.name,
-            "bytes": arena.nbytes,
-            "warm_start": arena.warm_start,
-            "seconds": round(arena.seconds, 4),
-        },
-        "versions": versions(),
-        "config": config.to_dict(),
-    }
+    return (
+        metrics
+        | miss_path(stats)
+        | {
+            "truncated": prepared.truncated,
+            "quality": quality,
+            "routing": config.routing,
+            "device": prepared.device,
+            "expert_bytes": {
+                "total": prepared.layout.expert_bytes,
+                "budget": prepared.budget_bytes * config.executors,
+                "resident_peak": resident_peak(stats),
+                "stand_ins": prepared.stand_in_bytes,
+            },
+            "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
+            "arena": {
+                "name": arena.path.name,
+                "bytes": arena.nbytes,
+                "warm_start": arena.warm_start,
+                "seconds": round(arena.seconds, 4),
+            },
+            "versions": versions(),
+            "config": config.to_dict(),
+        }
+    )
 
 
 def _shared(prepared: Prepared, group: Group, entries: list[dict[str, Any]]) -> dict[str, Any]:

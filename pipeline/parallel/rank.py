@@ -65,7 +65,7 @@ class Rank(Executor):
             self._device.plan(batch.index, uses_of(self._assignment, self._rank, predictions, routing))
         return self.submit(batch, predictions[self._rank], routing)
 
-    def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
+    def _plan(self, batch: int, prediction: Prediction, routing: str) -> None:
         """`step` has planned for all ranks."""
 
     @property

@@ -36,12 +36,16 @@ def check_sharing(prepared: Prepared) -> None:
             "parallel.placement: each Executor has its share of the experts, so that none can hold a predictor that needs them; "
             "write predictor.device=cpu"
         )
+    if prepared.config.task == "generate" and prepared.device != "cpu":
+        raise ConfigError(
+            "parallel.placement: task generate is not served by a group of GPUs yet; write device=cpu, or leave it out"
+        )
     if parallel.trace is not None:
         traces.load(Path(parallel.trace), prepared.model.shape, routers_identity(prepared.weights, prepared.model.placement))
-    elif predictor.kind == "none" and _asks_for_loads(prepared):
+    elif predictor.kind in ("none", "recent") and _asks_for_loads(prepared):
         raise ConfigError(
-            f"parallel.placement: {parallel.placement!r} goes by loads, and predictor.kind is none; name a trace in parallel.trace "
-            "(what trace.save leaves), or write parallel.placement=round_robin without replicas"
+            f"parallel.placement: {parallel.placement!r} goes by loads, and predictor.kind is {predictor.kind}; name a trace in "
+            "parallel.trace (what trace.save leaves), or write parallel.placement=round_robin without replicas"
         )
 
 

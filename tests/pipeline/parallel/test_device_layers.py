@@ -35,7 +35,7 @@ def answer(spec: ModelSpec, task: Task, path: Path, batch: Batch, membership: Me
     def experts(layer: int, stream: int, expert: Expert) -> DeviceExperts:
         table = torch.tensor([begin + layers[layer].expert_offset(e) for e in range(layers[layer].experts)])
         shape = expert.shape(layers[layer])
-        return DeviceExperts(layer, stream, shape, table, (0, 1), counters, current, exchange)
+        return DeviceExperts(layer, stream, shape, table, (0, 1), counters, current, exchange=exchange)
 
     model = build(spec, arena, experts, cpu)
     inputs = task.inputs(batch, lambda longest: longest + 2)

@@ -137,8 +137,7 @@ def test_tables_of_all_ranks_plan_the_share_of_each(world, model):
     _, with_tables = model.run(world, plan, plan.most - 1, "oracle", policy="lookahead")
     _, without = model.run(world, plan, plan.most - 1, "none", policy="lookahead")
     missed, all_of_them = (sum(sum(r.stats.misses) for r in results) for results in (with_tables, without))
-    uses = sum(sum(r.stats.misses) + sum(r.stats.hits) for r in with_tables)
-    assert missed < uses / 4 and all_of_them > uses / 2
+    assert missed < all_of_them / 4
 
 
 def table(*layers: dict[int, float]) -> Prediction:

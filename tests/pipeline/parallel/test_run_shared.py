@@ -73,7 +73,7 @@ def test_shared_experts_answer_as_one_executor_does_though_a_rank_is_killed(root
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"predictor": {"kind": "none"}}, "goes by loads, and predictor.kind is none; name a trace in parallel.trace"),
+        ({"predictor": {"kind": "none"}}, "goes by loads, and predictor.kind is none; name a trace in parallel.trace (what"),
         ({"predictor": {"kind": "random", "device": "executor"}}, "write predictor.device=cpu"),
         ({"parallel": SHARED | {"trace": "nowhere.safetensors"}}, "nowhere.safetensors: no such file"),
     ],
