@@ -16,6 +16,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
+from pipeline.parallel.exchange import Exchange
 from pipeline.tasks.registry import Task
 from predictor.hash_table import HashTable
 from predictor.registry import PredictorSpec
@@ -35,10 +36,12 @@ class ExecutorSpec:
         read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead, and no GPU registers it.
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
+        number: which of a run's Executors it is, from 0.
         asks_routers: where a table decides, too, and heed no answer: for times that are to be those of exact routing.
         stepping: of a task that writes, the predictor that says before every step which experts its tokens will need; in the
             Executor's process, since a step has no time for another. None: nothing is said of them.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
+        exchange: with the owners of experts that are not here; put in by a Rank, in its own process (pipeline/parallel/rank.py).
     """
 
     model: ModelSpec
@@ -55,6 +58,8 @@ class ExecutorSpec:
     stepping: PredictorSpec | None = None
     top_t: int | None = None
     asks_routers: bool = False
+    exchange: Exchange | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,40 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from tqdm import tqdm
 
+from pipeline.actors import Actors, open_store, result, start_store, stepping
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
+from pipeline.driver import overlapping, run_batches
+from pipeline.losses import KINDS, Loss, Told, loss_metrics
+from pipeline.machines import Machine, Machines, Wanted
+from pipeline.parallel.actors import start_group
+from pipeline.parallel.group import Group
+from pipeline.parallel.load import Balance, counted
+from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
-from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, stats_of, versions
+from pipeline.reports.live import Live
+from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
+from predictor.hash_table import HashTable
+from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -40,6 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     prepared = prepare(config)
     check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
+    check_sharing(prepared)
     if config.trace.save is not None:
         check_writable(Path(config.trace.save), "trace.save")
     output = OutputDir(config)
@@ -47,26 +61,53 @@ def run(config: Config) -> dict[str, Any]:
         journal = output.unfinished(prepared.identity)
         entries = [entry for entry in journal if "batch" in entry]
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
+        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
         _say_plan(prepared, entries)
-        with cluster(config.cluster.address):
+        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
-            actors = None
+            actors = machines = group = None
             try:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
-                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here)
+                shared = config.parallel.placement is not None
+                spec, count = prepared.executor_spec(), 0 if shared else config.executors
+                actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
+                wanted = Wanted(
+                    stepping(replace(spec, predictor=predictor if here else None), predictor),
+                    arena.path,
+                    prepared.model.source,
+                    prepared.model.placement,
+                    config.executors,
+                )
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
+
+                live = Live()
+
+                def lost(loss: Loss) -> None:
+                    losses.append(loss)
+                    live.lost(loss.what)
+                    output.add({"loss": loss.to_dict()})
+
+                if entries:
+                    lost(Loss("driver", "this command"))
+                machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, groupings, watch)
+                if shared:
+                    group = start_group(prepared, partial(_table, actors), arena.identity, lost)
+                entries = _execute(actors, group, prepared, output, entries, groupings, watch, live, lost)
+                if group is not None:
+                    group.close()
                 actors.finish()
             finally:
-                _stop(store, actors, config.store.keep)
+                _stop(store, actors, group, machines, config.store.keep)
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
+        metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
+        metrics["parallel"] = _shared(prepared, group, entries) if group is not None else None
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
@@ -76,11 +117,21 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
-    """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
+def _table(actors: Actors, tokens: TokenBatch) -> HashTable:
+    prediction: Prediction = result(actors.predict(tokens))
+    return prediction.table
+
+
+def _stop(store: Any, actors: Actors | None, group: Group | None, machines: Machines | None, keep: bool) -> None:
+    """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
+        if group is not None:
+            group.stop()
         if actors is not None:
             actors.stop()
+        if machines is not None:
+            machines.close(keep, PATIENCE_S)
+            return
         ray.get(store.close.remote(keep, PATIENCE_S))
         ray.kill(store)
 
@@ -99,11 +150,14 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
 
 def _execute(
     actors: Actors,
+    group: Group | None,
     prepared: Prepared,
     output: OutputDir,
     entries: list[dict[str, Any]],
     groupings: dict[int, Grouping],
     watch: Watch,
+    live: Live,
+    lost: Told,
 ) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
@@ -132,14 +186,20 @@ def _execute(
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
             last = time.perf_counter()
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
-            listen = speaker.listen if speaker is not None else None
-            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+            listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
+            if group is not None:
+                asked = ((batch, prediction or actors.predict(batch.tokens)) for batch, prediction in work)
+                results = group.run(asked, routing)
+            else:
+                results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen, lost)
+            for item in results:
                 if speaker is not None:
                     speaker.finish(item.results)
                 now = time.perf_counter()
                 entry = item.to_dict() | {"seconds": now - last}
                 last = now
                 watch.saw(item)
+                live.saw(item.stats, len(item.results))
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))
@@ -172,8 +232,8 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
             "device": prepared.device,
             "expert_bytes": {
                 "total": prepared.layout.expert_bytes,
-                "budget": prepared.budget_bytes,
-                "resident_peak": max(s.resident_peak_bytes for s in stats),
+                "budget": prepared.budget_bytes * config.executors,
+                "resident_peak": resident_peak(stats),
                 "stand_ins": prepared.stand_in_bytes,
             },
             "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
@@ -189,12 +249,19 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
     )
 
 
+def _shared(prepared: Prepared, group: Group, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """How evenly the run's experts were shared out, as far as routers were asked beside tables."""
+    seen = [s.load for s in stats_of(entries) if s.load]
+    balance = asdict(Balance.of(counted(seen, prepared.model.shape), group.plan)) if seen else {}
+    return {"placement": prepared.config.parallel.placement, "most_experts": group.plan.most, "restarts": group.restarts} | balance
+
+
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:
     stats = stats_of(entry for entry in entries if entry["batch"] < len(prepared.batches))
     second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
     return {
         "timeline.json": timeline(stats),
-        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots),
+        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots * prepared.config.executors),
     }
 
 
@@ -210,6 +277,7 @@ def _say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
     _say(
         f"{sum(shape.experts)} experts in {shape.layers} MoE layers, {_mb(layout.expert_bytes)}; budget "
         f"{prepared.config.store.budget}: {prepared.slots} slots, {_mb(prepared.budget_bytes)}"
+        + (f", for each of {prepared.config.executors} Executors" if prepared.config.executors > 1 else "")
     )
     if entries:
         _say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
@@ -237,8 +305,12 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
             f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
             f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
         )
-    if metrics["executor_restarts"]:
-        _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
+    if len(metrics["executors"]) > 1:
+        each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in metrics["executors"])
+        _say(f"Executors: {each}")
+    gone = ", ".join(f"{metrics['lost'][kind + 's']} {kind}" for kind in KINDS if metrics["lost"][kind + "s"])
+    if gone:
+        _say(f"lost on the way: {gone}; {metrics['lost']['batches_redone']} batches were sent again, no row is lost")
     if metrics["prediction"]["top1"] is not None:
         top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
         _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")
