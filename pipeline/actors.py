@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.device import ExecutorSpec
@@ -27,16 +30,44 @@ CALL_RETRIES = 5
 """A batch during which the Executor dies more often than this is taken for the cause."""
 
 
-def start_actor(cls: type, *arguments: Any, **options: Any) -> Any:
-    """An actor of `cls`, on this node as the arena is, restarted when it dies, its unanswered calls repeated."""
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, scheduling_strategy=here, **options)
+_STARTED = count(1)
+
+
+class ActorLost(RuntimeError):
+    """An actor will not answer a call any more: its machine has gone, or it died too often during that call."""
+
+
+def start_actor(cls: type, *arguments: Any, node: str | None = None, name: str | None = None, **options: Any) -> Any:
+    """An actor of `cls`, restarted when it dies, its unanswered calls repeated.
+
+    Args:
+        node: Ray's id of the machine, where its arena is; None: this one. When that has gone the actor has, too.
+        name: what dashboard and logs call it; None: its class.
+    """
+    options["name"] = f"{name or cls.__name__}-{os.getpid()}.{next(_STARTED)}"  # drivers may share a namespace
+    there: Any = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
+    durable = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=CALL_RETRIES, scheduling_strategy=there, **options)
     return durable(cls).remote(*arguments)
 
 
-def start_store(path: Path, source: Source, placement: Placement) -> Any:
-    """The ExpertStore actor of this machine; two calls at once, so that a build can be asked how far it is."""
-    return start_actor(ExpertStore, path, source, placement, max_concurrency=2)
+def start_store(path: Path, source: Source, placement: Placement, node: str | None = None) -> Any:
+    """The ExpertStore actor of a machine. Several calls at once: a build is asked how far it is, another machine for chunks.
+
+    Args:
+        node: another machine than this; see `start_actor`.
+    """
+    return start_actor(ExpertStore, path, source, placement, node is not None, node=node, max_concurrency=8)
+
+
+def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str | None = None) -> list[Any]:
+    """So many of one machine, numbered from `first`, each with a GPU of its own where `spec` names one."""
+    options: dict[str, Any] = {"max_concurrency": MAX_WAITING + 1}
+    if spec.device != "cpu":
+        options["num_gpus"] = 1  # Ray shows an actor only those that it asked for
+    return [
+        start_actor(Executor, replace(spec, number=number), node=node, name=f"Executor-{number}", **options)
+        for number in range(first, first + wanted)
+    ]
 
 
 def open_store(store: Any, progress: Callable[[int], None]) -> ArenaInfo:
@@ -53,6 +84,7 @@ class Actors:
 
     Attributes:
         predictor: None: the Executors have the predictor in their own processes.
+        executors: those that can be sent work; other machines' come and go (machines.py).
     """
 
     predictor: Any
@@ -71,20 +103,18 @@ class Actors:
         Raises:
             ConfigError: GPUs are wanted that Ray does not have.
         """
-        gpus = {} if spec.device == "cpu" else {"num_gpus": 1}  # Ray shows an actor only those that it asked for
-        own = {} if here or predictor.device == "cpu" else {"num_gpus": 1}
-        wanted, there = executors * len(gpus) + len(own), int(ray.cluster_resources().get("GPU", 0))
+        own: dict[str, Any] = {} if here or predictor.device == "cpu" else {"num_gpus": 1}
+        wanted, there = (executors if spec.device != "cpu" else 0) + len(own), gpus_here()
         if wanted > there:
             raise ConfigError(
                 f"executors: {executors} take {wanted} GPUs{' with the Predictor' if own else ''}, and this Ray has "
-                f"{there or 'none'} to give; write `device: cpu`, fewer executors, or start it with `ray start --num-gpus {wanted}`"
+                f"{there or 'none'} to give here; write `device: cpu`, fewer executors, or start it with "
+                f"`ray start --num-gpus {wanted}`"
             )
         asked = None
         if not here:
             asked = start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own)
-        spec = replace(spec, predictor=predictor if here else None)
-        numbered = (replace(spec, number=number) for number in range(executors))
-        return cls(asked, [start_actor(Executor, one, max_concurrency=MAX_WAITING + 1, **gpus) for one in numbered])
+        return cls(asked, start_executors(replace(spec, predictor=predictor if here else None), executors))
 
     def ready(self) -> None:
         """Waits until all can work.
@@ -96,7 +126,9 @@ class Actors:
 
     def finish(self) -> None:
         """All is done: the Executors give up the arena."""
-        result([executor.close.remote() for executor in self.executors])
+        for closed in [executor.close.remote() for executor in self.executors]:
+            with contextlib.suppress(ActorLost):  # whoever has gone has given it up
+                result(closed)
 
     def stop(self) -> None:
         """Ends all, whatever they are doing; their locks on the arena go with their processes, shortly after."""
@@ -124,6 +156,13 @@ def result(refs: Any) -> Any:
         if isinstance(cause, USER_ERRORS):
             raise cause from None
         raise
-    except RayActorError as error:
+    except (RayActorError, ActorUnschedulableError) as error:
         name = getattr(error, "actor_class_name", None) or "an actor"
-        raise RuntimeError(f"{name} died {CALL_RETRIES + 1} times during one call; the last time: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ActorLost(f"{name} died {CALL_RETRIES + 1} times during one call, or its machine has gone: {reason}") from None
+
+
+def gpus_here() -> int:
+    """GPUs that Ray has to give on this machine."""
+    node = ray.get_runtime_context().get_node_id()
+    return int(next(n["Resources"].get("GPU", 0) for n in ray.nodes() if n["NodeID"] == node))

@@ -144,6 +144,8 @@ def cache_directory() -> Path:
 class ClusterConfig:
     address: str | None = None
     """null: a Ray of its own, or the one that RAY_ADDRESS names."""
+    nodes: int | Literal["all"] = 1
+    """Machines to use, each with a store and `executors`: those that are there, and those that join later, up to so many."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     executors: int = 1
-    """Each with a GPU of its own, if on one, and with slots of its own under the same budget; all map one arena."""
+    """On each machine. Each has a GPU of its own, if on one, and slots of its own under the same budget; all map one arena."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs/default"
     seed: int = 0

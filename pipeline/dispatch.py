@@ -18,6 +18,9 @@ from store.schedule import WORTH_COPYING
 
 IMBALANCE = 2
 """An Executor may be ahead of the least busy one by the work of so many batches, for the sake of the experts that it holds."""
+PRICE = 0.05
+"""Each batch's work that it is ahead must be made up for by so large a share of the table's experts: at the end of a run all wait
+for the one that ends last. `python -m pipeline.plan.several` weighs both."""
 MAX_WAITING = MAX_LOOKAHEAD + 1 + IMBALANCE
 """The most batches that an Executor is ever sent before it has answered."""
 LATEST = 0.3
@@ -35,12 +38,14 @@ class Job:
         prediction: its table, or a reference to it; None: the Executor makes it.
         uses: what its table names, once that is known to whoever chooses.
         answer: a reference to what the Executor will say, once it has been sent.
+        sent: when that was, time.time_ns().
     """
 
     batch: Batch
     prediction: Any
     uses: Uses = ()
     answer: Any = None
+    sent: int = 0
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,10 +57,13 @@ class Lane:
 
     Attributes:
         under_way: what it has been sent and has not answered, in that order.
+        number, pid: of the Executor and of its process, once it has answered.
     """
 
     def __init__(self, executor: Any, slots: int, lookahead: int | Literal["auto"], clock: Callable[[], float] = time.perf_counter):
         self.executor = executor
+        self.number: int | None = None
+        self.pid: int | None = None
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock
@@ -113,6 +121,11 @@ def choose(lanes: Sequence[Lane], job: Job) -> Lane | None:
     known = [pace for pace in paces if pace is not None]
     usual = sum(known) / len(known) if known else 1.0  # who has not answered yet counts as one like the others
     done_in = [(lane.tokens + job.tokens) * (usual if pace is None else pace) for lane, pace in zip(lanes, paces, strict=True)]
-    bound = min(done_in) + IMBALANCE * job.tokens * usual
-    fit = [i for i, lane in enumerate(lanes) if done_in[i] <= bound and lane.room + IMBALANCE > 0]
-    return lanes[max(fit, key=lambda i: (lanes[i].overlap(job.uses), -done_in[i]))] if fit else None
+    ahead = [(seconds - min(done_in)) / (job.tokens * usual) for seconds in done_in]  # in batches like this one
+    named = sum(p for experts in job.uses for _, p in experts) or 1.0
+
+    def worth(i: int) -> tuple[float, float]:
+        return lanes[i].overlap(job.uses) / named - PRICE * ahead[i], -ahead[i]
+
+    fit = [i for i, lane in enumerate(lanes) if ahead[i] <= IMBALANCE and lane.room + IMBALANCE > 0]
+    return lanes[max(fit, key=worth)] if fit else None

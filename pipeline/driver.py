@@ -17,6 +17,7 @@ from pipeline.actors import Actors, result
 from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.floor import Floor, Listen
+from pipeline.losses import Told
 from pipeline.regroup import Grouping, Regrouping, chunks, rebuilt, regroup, row_tables, windows
 from predictor.actor import Prediction
 from predictor.tokens import TokenBatch
@@ -29,6 +30,7 @@ def run_batches(
     slots: int,
     lookahead: int | Literal["auto"],
     listen: Listen | None = None,
+    lost: Told = lambda loss: None,
 ) -> Iterator[BatchResult]:
     """Runs batches and yields their results as they come: those of one Executor in the order given.
 
@@ -38,8 +40,9 @@ def run_batches(
         batches: those without a prediction are predicted on their way.
         listen: told, again and again, what the batch that is executed has generated so far (Executor.spoken);
             for one Executor.
+        lost: told of every actor that died on the way.
     """
-    waiting, floor = iter(batches), Floor(actors, routing, slots, lookahead)
+    waiting, floor = iter(batches), Floor(actors, routing, slots, lookahead, lost)
     while True:
         for batch, prediction in islice(waiting, floor.room):
             floor.predict(batch, prediction)
@@ -79,7 +82,7 @@ def overlapping(
         for at, (batch, table) in enumerate(rebuilt(window, groupings[first], tables)):
             if batch.index not in done:
                 share = (end - start) // len(window)  # of the time that the window's tables took
-                yield batch, Prediction(table, start + at * share, start + (at + 1) * share)
+                yield batch, Prediction(table, start + at * share, start + (at + 1) * share, predictions[0].pid)
 
 
 def _ask(actors: Actors, window: list[Batch]) -> tuple[list[TokenBatch], list[ray.ObjectRef]]:

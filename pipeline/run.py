@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from tqdm import tqdm
 
 from pipeline.actors import Actors, open_store, start_store
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
+from pipeline.losses import KINDS, Loss, Told, loss_metrics
+from pipeline.machines import Machine, Machines, Wanted
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
+from pipeline.reports.live import Live
 from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
@@ -48,26 +53,47 @@ def run(config: Config) -> dict[str, Any]:
         journal = output.unfinished(prepared.identity)
         entries = [entry for entry in journal if "batch" in entry]
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
+        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
         _say_plan(prepared, entries)
-        with cluster(config.cluster.address):
+        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
-            actors = None
+            actors = machines = None
             try:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
-                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here, executors=config.executors)
+                spec = prepared.executor_spec()
+                actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=config.executors)
+                wanted = Wanted(
+                    replace(spec, predictor=predictor if here else None),
+                    arena.path,
+                    prepared.model.source,
+                    prepared.model.placement,
+                    config.executors,
+                )
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
+
+                live = Live()
+
+                def lost(loss: Loss) -> None:
+                    losses.append(loss)
+                    live.lost(loss.what)
+                    output.add({"loss": loss.to_dict()})
+
+                if entries:
+                    lost(Loss("driver", "this command"))
+                machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, groupings, watch)
+                entries = _execute(actors, prepared, output, entries, groupings, watch, live, lost)
                 actors.finish()
             finally:
-                _stop(store, actors, config.store.keep)
+                _stop(store, actors, machines, config.store.keep)
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
+        metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
@@ -77,11 +103,14 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
-    """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
+def _stop(store: Any, actors: Actors | None, machines: Machines | None, keep: bool) -> None:
+    """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
         if actors is not None:
             actors.stop()
+        if machines is not None:
+            machines.close(keep, PATIENCE_S)
+            return
         ray.get(store.close.remote(keep, PATIENCE_S))
         ray.kill(store)
 
@@ -105,6 +134,8 @@ def _execute(
     entries: list[dict[str, Any]],
     groupings: dict[int, Grouping],
     watch: Watch,
+    live: Live,
+    lost: Told,
 ) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
@@ -131,16 +162,17 @@ def _execute(
         label = f"{routing} routing" if number == 0 else "exact routing, to compare"
         with bar(label, len(prepared.rows)) as shown:
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
-            last = time.perf_counter()
+            last, spent = time.perf_counter(), time.thread_time()
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
             listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
-            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen, lost):
                 if speaker is not None:
                     speaker.finish(item.results)
-                now = time.perf_counter()
-                entry = item.to_dict() | {"seconds": now - last}
-                last = now
+                now, own = time.perf_counter(), time.thread_time()
+                entry = item.to_dict() | {"seconds": now - last, "driver_ms": 1e3 * (own - spent)}
+                last, spent = now, own
                 watch.saw(item)
+                live.saw(item.stats, len(item.results))
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))
@@ -164,6 +196,7 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         metrics["prediction"] = prediction_metrics(stats_of(second))
     metrics["prediction"]["kind"] = config.predictor.kind
     return metrics | {
+        "driver_ms_per_batch": round(sum(entry["driver_ms"] for entry in first) / len(first), 3),
         "truncated": prepared.truncated,
         "quality": quality,
         "routing": config.routing,
@@ -239,8 +272,9 @@ def _say_results(metrics: dict[str, Any], path: Path) -> None:
     if len(metrics["executors"]) > 1:
         each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in metrics["executors"])
         _say(f"Executors: {each}")
-    if metrics["executor_restarts"]:
-        _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
+    gone = ", ".join(f"{metrics['lost'][kind + 's']} {kind}" for kind in KINDS if metrics["lost"][kind + "s"])
+    if gone:
+        _say(f"lost on the way: {gone}; {metrics['lost']['batches_redone']} batches were sent again, no row is lost")
     if metrics["prediction"]["top1"] is not None:
         top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
         _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")

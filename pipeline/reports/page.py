@@ -29,7 +29,7 @@ def report(metrics: dict, stats: list[BatchStats], routed: list[BatchStats], sha
     clock, layers = Clock(stats), _layers(shape)
     body = _header(metrics, slots) + _residency(metrics, stats, clock, layers, slots)
     body += _hits(metrics, stats, clock, layers, shape) + _predictions(metrics, routed, layers)
-    body += _busy(metrics, stats, clock) + _overlap(stats, clock) + _bytes(metrics) + _footer(metrics)
+    body += _busy(metrics, stats, clock) + _overlap(stats, clock) + _bytes(metrics) + _losses(metrics) + _footer(metrics)
     title = escape(f"Run of {metrics['config']['model']['path']}")
     head = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
     head += f"<title>{title}</title><style>{STYLE}</style>"
@@ -192,6 +192,17 @@ def _bytes(metrics: dict) -> str:
     title = f"{_percent(moved['prefetch'], whole)} of the bytes that moved came ahead of time" if whole else "No expert moved"
     how = "Prefetch was copied because a table asked for it, demand because a forward did; the rest was read where it lies."
     return _section(title, how, responsive(lambda width: bars(width, rows, "bytes by way")))
+
+
+def _losses(metrics: dict) -> str:
+    lost = metrics.get("lost", {}).get("each", [])
+    if not lost:
+        return ""
+    lines = [f"{one['name']}: {one['redone']} batches were sent again" if one["redone"] else one["name"] for one in lost]
+    title = f"{len(lost)} times something was lost on the way, and no row with it"
+    return _section(
+        title, f"{metrics['lost']['batches_redone']} batches in all were sent again. In order: " + "; ".join(lines) + "."
+    )
 
 
 def _footer(metrics: dict) -> str:
