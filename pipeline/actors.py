@@ -20,7 +20,7 @@ from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import Executor
 from pipeline.predicting.rehearsal import ArenaModel
 from predictor.actor import Predictor
-from predictor.registry import PredictorSpec
+from predictor.registry import STEPPING, PredictorSpec
 from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo, ExpertStore
 from store.load import Placement
@@ -57,6 +57,17 @@ def start_store(path: Path, source: Source, placement: Placement, node: str | No
         node: another machine than this; see `start_actor`.
     """
     return start_actor(ExpertStore, path, source, placement, node is not None, node=node, max_concurrency=8)
+
+
+def with_predictor(spec: ExecutorSpec, predictor: PredictorSpec, here: bool) -> ExecutorSpec:
+    """What an Executor is made of, with the predictors that are to be in its own process.
+
+    Args:
+        here: all of it: nobody sends tables.
+    """
+    if spec.task.forwards > 1 and predictor.kind in STEPPING:
+        spec = replace(spec, stepping=replace(predictor, device="cpu"))
+    return replace(spec, predictor=predictor if here else None)
 
 
 def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str | None = None) -> list[Any]:
@@ -114,7 +125,7 @@ class Actors:
         asked = None
         if not here:
             asked = start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own)
-        return cls(asked, start_executors(replace(spec, predictor=predictor if here else None), executors))
+        return cls(asked, start_executors(with_predictor(spec, predictor, here), executors))
 
     def ready(self) -> None:
         """Waits until all can work.

@@ -43,8 +43,10 @@ class BatchStats:
     """Which process made the table."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
-    how: str | None = None
+    how: str | dict[str, int] | None = None
     """On a GPU, `pipeline.device.Answer.how`."""
+    miss_path: str = "in_place"
+    """`pipeline.device.Device.miss_path`."""
     first_token_ms: float | None = None
     """Of a task that generates, from the batch's start to the first new token of each row."""
     token_ms: list[float] = field(default_factory=list)

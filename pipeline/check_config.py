@@ -71,6 +71,7 @@ def check_config(config: Config, source: str) -> None:
         "bench.rounds": config.bench.rounds,
         "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
         "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
+        "bench.prompts": min(config.bench.prompts, default=0),
     }
     for key, value in positive.items():
         require(value > 0, f"{key!r} is {value}; it must be more than 0")
@@ -88,7 +89,8 @@ def check_config(config: Config, source: str) -> None:
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
     require(config.generate.problem() is None, config.generate.problem() or "")
-    makes_tables = config.predictor.kind != "none"
-    require(makes_tables or config.routing == "exact", "'routing: hash' needs tables, and 'predictor.kind: none' makes none")
+    kind = config.predictor.kind
+    makes_tables = kind not in ("none", "recent")
+    require(makes_tables or config.routing == "exact", f"'routing: hash' needs tables, and 'predictor.kind: {kind}' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

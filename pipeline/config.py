@@ -162,6 +162,8 @@ class BenchConfig:
     """Each system answers all of them so often; rounds before these warm everything up."""
     capacity: float = 1.0
     """static-gating: places per expert, as a share of the batch's tokens; with all of them none is ever dropped."""
+    prompts: list[int] = field(default_factory=lambda: [32])
+    """task generate: prompts of so many tokens, cut from the data one behind the other."""
     recall: float | None = None
     """Measure sida also with the true tables worsened: so many of their predictions are left right, 0..1."""
 

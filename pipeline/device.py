@@ -19,6 +19,7 @@ from pipeline.models import ModelSpec
 from pipeline.tasks.registry import Task
 from predictor.hash_table import HashTable
 from predictor.registry import PredictorSpec
+from predictor.stepping import Foresight
 from predictor.traces import LayerTrace
 from store.movement import Movement
 
@@ -31,9 +32,12 @@ class ExecutorSpec:
         slots: how many experts fit the budget (store.slots.parse_budget).
         background: copy on a thread of its own; otherwise whenever a table or a layer comes.
         threads: for torch's operators.
-        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead.
+        read_ahead: the arena lies on a disk: what the tables name is read into RAM ahead, and no GPU registers it.
         top_t: keep so many of the routers' probabilities per token, for a trace; None: no trace.
         predictor: made and asked in the Executor's own process; None: tables come with the batches, if at all.
+        asks_routers: where a table decides, too, and heed no answer: for times that are to be those of exact routing.
+        stepping: of a task that writes, the predictor that says before every step which experts its tokens will need; in the
+            Executor's process, since a step has no time for another. None: nothing is said of them.
         number: which of a run's Executors it is, from 0.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
     """
@@ -49,7 +53,9 @@ class ExecutorSpec:
     demand: bool = False
     read_ahead: bool = False
     predictor: PredictorSpec | None = None
+    stepping: PredictorSpec | None = None
     top_t: int | None = None
+    asks_routers: bool = False
     number: int = 0
 
 
@@ -63,7 +69,8 @@ class Answer:
         decisions: the same with more of their probabilities, if that was asked for.
         span: when the device began and ended it, time.time_ns().
         moved: what has moved since the answer before.
-        how: on a GPU "whole" or "pieces", as it ran as CUDA graphs, or "eager: " and why it did not.
+        how: on a GPU "whole" or "pieces", as it ran as CUDA graphs, or "eager: " and why it did not; of a batch of several forwards
+            each way with the number of them that ran so.
     """
 
     outputs: torch.Tensor
@@ -71,7 +78,7 @@ class Answer:
     decisions: list[LayerTrace]
     span: tuple[int, int]
     moved: Movement
-    how: str | None = None
+    how: str | dict[str, int] | None = None
 
 
 class Work(Protocol):
@@ -88,19 +95,31 @@ class Device(Protocol):
     """A model that stands somewhere, and its experts."""
 
     @property
+    def miss_path(self) -> str:
+        """How an expert is reached that is in no slot: "in_place", or "staged: " and why it has to come into one first."""
+
+    @property
     def memory_peak_bytes(self) -> int | None:
         """The most that torch has held on a GPU in this process; None: there is none."""
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Hears which experts a later batch will need (store.schedule.Schedule.plan). From any thread."""
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> Work:
+    def prepare(
+        self,
+        batch: Batch,
+        table: HashTable | None,
+        top_t: int | None = None,
+        hear: Hear | None = None,
+        foresight: Foresight | None = None,
+    ) -> Work:
         """Makes one batch ready to run. From any thread.
 
         Args:
             table: decides under hash routing; None: the routers decide.
             top_t: record so many of the routers' probabilities per token; None: only what they chose.
             hear: told of every new token, by tasks that make some.
+            foresight: of such a task, asked before every forward but the first.
         """
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -28,6 +28,7 @@ from predictor.accuracy import compare
 from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
 from predictor.registry import HashPredictor, make
+from predictor.stepping import Foresight, source_of
 from predictor.tokens import TokenBatch
 from predictor.traces import Trace
 from store.arena import Arena
@@ -54,8 +55,9 @@ class Executor:
         own = spec.predictor is not None
         self._ahead = ThreadPoolExecutor(1, "ahead", *((torch.set_num_threads, (1,)) if own else ()))
         self._predicting = self._ahead.submit(self._make_predictor) if own else None
+        self._stepping = self._ahead.submit(self._make_stepping) if spec.stepping is not None else None
         # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
-        for made in (self._starting, self._predicting):
+        for made in (self._starting, self._predicting, self._stepping):
             if made is not None:
                 made.exception()
         self._closed = False
@@ -69,13 +71,18 @@ class Executor:
             PredictorError: the predictor that is to be here has no file that can be used.
         """
         self._device  # noqa: B018 (waited for)
-        if self._predicting is not None:
-            self._predicting.result()
+        for made in (self._predicting, self._stepping):
+            if made is not None:
+                made.result()
         return os.getpid()
 
     def plan(self, batch: int, prediction: Prediction, routing: str = "exact") -> None:
-        """Hears which experts a later batch will need; their copies begin as soon as there is room for them."""
-        self._device.plan(batch, prediction.table.uses_under(routing))
+        """Hears which experts a later batch will need; they are copied as soon as there is room, for which this does not wait."""
+        self._ahead.submit(self._plan, batch, prediction, routing)
+
+    def plan_uses(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """`plan`, of a table that is not at hand: per MoE layer (expert, probability that the batch needs it), likeliest first."""
+        self._device.plan(batch, uses)
 
     def execute(self, batch: Batch, prediction: Prediction | None, routing: str = "exact", hear: Hear | None = None) -> BatchResult:
         """Runs one batch, when those that came before it are done; its experts are on their way meanwhile.
@@ -143,18 +150,34 @@ class Executor:
         self._device  # noqa: B018 (waited for, so that the backbone is brought there once)
         return make(self._spec.predictor, ArenaModel(self._spec.model, self._spec.arena, self._arena))
 
+    def _make_stepping(self) -> HashPredictor | None:
+        """Whom a batch that is written asks of its tokens; None: nobody, there is only what they have been routed to."""
+        assert self._spec.stepping is not None
+        if self._spec.stepping.kind not in ("lstm", "token_table"):
+            return None
+        return make(self._spec.stepping, ArenaModel(self._spec.model, self._spec.arena, self._arena))
+
+    def _foresight(self) -> Foresight | None:
+        """Of one batch."""
+        if self._stepping is None or self._spec.model.is_encoder_decoder:
+            return None
+        return Foresight(self._spec.model.shape, source_of(self._stepping.result()))
+
     def _begin(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]) -> None:
         """Predicts a batch, if that is done here, plans it, and hands it to the compute thread."""
         try:
             if prediction is None and self._predicting is not None:
                 prediction = timed(self._predictor, batch.tokens)
             if prediction is not None:
-                self.plan(batch.index, prediction, routing)
+                self._plan(batch.index, prediction, routing)
             table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
-            work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken)
+            work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken, self._foresight())
             self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
         except BaseException as error:
             done.set_exception(error)
+
+    def _plan(self, batch: int, prediction: Prediction, routing: str) -> None:
+        self._device.plan(batch, prediction.table.uses_under(routing))
 
     def _run(self, work: Work, finished: Callable[[Answer], T], done: Future[T]) -> None:
         """One batch through both threads; the future gets what `finished` makes of its answer."""
@@ -199,6 +222,7 @@ class Executor:
             resident_peak_bytes=moved.resident_peak_bytes,
             device_memory_peak_bytes=self._device.memory_peak_bytes,
             how=answer.how,
+            miss_path=self._device.miss_path,
             first_token_ms=float(steps[0]) if len(steps) else None,
             token_ms=steps[1:].tolist(),
             predicted_uses=prediction.table.expected_uses(routing) if prediction else 0.0,

@@ -22,14 +22,15 @@ from store.copies import CopyEngine
 
 @dataclass
 class Forward:
-    """One batch under way, in one forward or, while it generates, in many: what every MoE layer needs to know.
+    """One forward under way: what every MoE layer needs to know.
 
     Attributes:
+        batch: its number to the engine.
         masks: per stream 1 for real tokens, 0 for padding: bool (batch * tokens,), row after row.
-        table: decides under hash routing; None: the routers decide. It knows the first forward only.
+        table: decides under hash routing; None: the routers decide.
         top_t: how many of the router's probabilities to record per token.
-        awake: while generating, the rows that are not done yet, bool (batch,); None: all.
-        decisions: MoE layer -> what its router decided in its first forward, the prompt's.
+        awake: of a step that writes a token per row, the rows that go on, bool (batch,); None: it is no such step.
+        decisions: MoE layer -> what its router decided for real tokens.
     """
 
     batch: int
@@ -42,7 +43,7 @@ class Forward:
     def real(self, stream: int, tokens: int) -> torch.Tensor:
         """The positions of real tokens among so many that have come to a layer, int64."""
         mask = self.masks[stream]
-        if tokens != len(mask):  # the first forward is over: a new token per row, or as many as there are rows
+        if tokens != len(mask):  # a family without a cache reads all tokens again
             if self.awake is None or tokens % len(self.awake):
                 return torch.arange(tokens)
             mask = self.awake.repeat_interleave(tokens // len(self.awake))
@@ -50,15 +51,26 @@ class Forward:
 
 
 class Current:
-    """Holds the forward under way, for the MoE layers of one model."""
+    """Holds the forward under way, for the MoE layers of one model.
+
+    Attributes:
+        ahead: called with the layer and the real tokens that come to it, (tokens, d_model), before its experts are computed:
+            whoever guesses what later layers will need.
+    """
 
     forward: Forward
+    ahead: Callable[[int, torch.Tensor], None] | None = None
 
 
 class SlotExperts:
     """The experts of one MoE layer, in slots or in the arena (pipeline.routing.Experts)."""
 
-    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current):
+    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current, asks: bool):
+        """
+        Args:
+            asks: the router, even where a table decides (ExecutorSpec.asks_routers).
+        """
+        self._asks = asks
         self._layer, self._stream, self._expert = layer, stream, expert
         self._engine, self._current = engine, current
 
@@ -66,15 +78,18 @@ class SlotExperts:
         now = self._current.forward
         real = now.real(self._stream, len(hidden))
         first = self._layer not in now.decisions and len(hidden) == len(now.masks[self._stream])
-        if now.table is not None and first:
-            experts = torch.from_numpy(now.table.experts[self._layer].astype(np.int64)).to(hidden.device)
-            weights = torch.from_numpy(now.table.scaling[self._layer]).to(hidden.device, hidden.dtype)
-        else:
+        table = now.table if first else None
+        if table is None or self._asks:
             routing = route()
             experts, weights = routing.experts[real], routing.weights[real]
             if first:
                 logits = routing.logits[real] if routing.logits is not None else None
                 now.decisions[self._layer] = record(logits, routing.chosen[real], weights, now.top_t)
+        if table is not None:
+            experts = torch.from_numpy(table.experts[self._layer].astype(np.int64)).to(hidden.device)
+            weights = torch.from_numpy(table.scaling[self._layer]).to(hidden.device, hidden.dtype)
+        if self._current.ahead is not None:
+            self._current.ahead(self._layer, hidden[real])
         output = torch.zeros_like(hidden)
         output[real] = self._run(now.batch, hidden[real], experts, weights)
         return output

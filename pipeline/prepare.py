@@ -103,7 +103,7 @@ def prepare(config: Config) -> Prepared:
     device = choose_device(config.device)
     model, weights = describe(config.model, torch.device(device))
     layout = model.placement.layout(weights)
-    directory = arena_directory(config.store, device)
+    directory = arena_directory(config.store)
     arena = model.placement.arena_path(weights, directory)
     in_memory = 0 if arena.exists() else layout.nbytes
     free = free_bytes(directory)
@@ -182,18 +182,13 @@ def free_for_experts(device: str, layout: ArenaLayout, in_memory: int) -> int:
     return max(0, (free_device_memory() or 0) - layout.backbone_bytes - ACTIVATION_BYTES)
 
 
-def arena_directory(config: StoreConfig, device: str) -> Path:
+def arena_directory(config: StoreConfig) -> Path:
     """Where the arena goes; the default one on a disk is made.
 
     Raises:
         ConfigError: a file cannot back an arena here.
         SpaceError: no such directory.
     """
-    if config.backing == "file" and device != "cpu":
-        raise ConfigError(
-            "store.backing: file on a GPU needs the staged mode (copies through a pinned ring: registering a file would pin all of "
-            "it), which does not exist yet; write store.backing=shm, or device=cpu"
-        )
     directory = config.arena_directory
     if config.backing == "file" and Path(os.path.realpath(directory)).is_relative_to("/dev/shm"):
         raise ConfigError(f"store.backing: file, but store.directory is {directory}, which is RAM; name a directory on a disk")

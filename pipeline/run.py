@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 from tqdm import tqdm
 
-from pipeline.actors import Actors, open_store, start_store
+from pipeline.actors import Actors, open_store, start_store, with_predictor
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
@@ -25,7 +24,7 @@ from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
 from pipeline.reports.live import Live
-from pipeline.reports.metrics import batch_metrics, fidelity, prediction_metrics, resident_peak, stats_of, versions
+from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, resident_peak, stats_of, versions
 from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.timeline import timeline
@@ -65,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
                 spec = prepared.executor_spec()
                 actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=config.executors)
                 wanted = Wanted(
-                    replace(spec, predictor=predictor if here else None),
+                    with_predictor(spec, predictor, here),
                     arena.path,
                     prepared.model.source,
                     prepared.model.placement,
@@ -195,29 +194,32 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
         metrics["prediction"] = prediction_metrics(stats_of(second))
     metrics["prediction"]["kind"] = config.predictor.kind
-    return metrics | {
-        "driver_ms_per_batch": round(sum(entry["driver_ms"] for entry in first) / len(first), 3),
-        "truncated": prepared.truncated,
-        "quality": quality,
-        "routing": config.routing,
-        "device": prepared.device,
-        "miss_path": "in_place",
-        "expert_bytes": {
-            "total": prepared.layout.expert_bytes,
-            "budget": prepared.budget_bytes * config.executors,
-            "resident_peak": resident_peak(stats),
-            "stand_ins": prepared.stand_in_bytes,
-        },
-        "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
-        "arena": {
-            "name": arena.path.name,
-            "bytes": arena.nbytes,
-            "warm_start": arena.warm_start,
-            "seconds": round(arena.seconds, 4),
-        },
-        "versions": versions(),
-        "config": config.to_dict(),
-    }
+    return (
+        metrics
+        | miss_path(stats)
+        | {
+            "driver_ms_per_batch": round(sum(entry["driver_ms"] for entry in first) / len(first), 3),
+            "truncated": prepared.truncated,
+            "quality": quality,
+            "routing": config.routing,
+            "device": prepared.device,
+            "expert_bytes": {
+                "total": prepared.layout.expert_bytes,
+                "budget": prepared.budget_bytes * config.executors,
+                "resident_peak": resident_peak(stats),
+                "stand_ins": prepared.stand_in_bytes,
+            },
+            "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
+            "arena": {
+                "name": arena.path.name,
+                "bytes": arena.nbytes,
+                "warm_start": arena.warm_start,
+                "seconds": round(arena.seconds, 4),
+            },
+            "versions": versions(),
+            "config": config.to_dict(),
+        }
+    )
 
 
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:

@@ -110,14 +110,14 @@ class LSTMPredictor:
         """
         self.network = network.eval().to(device)
         self.shape, self.width, self._device = shape, width, device
-        self._embedding = embedding.to(device)
-        self._temperatures = calibration.temperatures if calibration is not None else (1.0,) * shape.layers
+        self.embedding = embedding.to(device)
+        self.temperatures = calibration.temperatures if calibration is not None else (1.0,) * shape.layers
 
     @torch.inference_mode()
     def scores(self, tokens: TokenBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Expert logits per MoE layer, float32 (tokens, experts), and scaling factors, float32 (tokens,)."""
         ids, streams, visible = (tensor.to(self._device) for tensor in pack(tokens))
-        logits, scale = self.network(look_up(ids, self._embedding).float(), visible)
+        logits, scale = self.network(look_up(ids, self.embedding).float(), visible)
         mine = [streams == stream for stream in self.shape.streams]
         return (
             [logits[layer][mask].cpu().numpy() for layer, mask in enumerate(mine)],
@@ -130,5 +130,5 @@ class LSTMPredictor:
 
     def predict(self, tokens: TokenBatch) -> HashTable:
         logits, scales = self.scores(tokens)
-        sure = [inclusion(z, t, self.shape.top_k) for z, t in zip(logits, self._temperatures, strict=True)]
+        sure = [inclusion(z, t, self.shape.top_k) for z, t in zip(logits, self.temperatures, strict=True)]
         return from_probabilities(sure, scales, self.width)

@@ -185,8 +185,11 @@ KINDS: dict[str, Loader] = {
     "rehearsal": _load_rehearsal,
     "oracle": _load_oracle,
     "random": _make_random,
+    "recent": _make_nobody,
     "none": _make_nobody,
 }
 TRAINED = ("lstm", "token_table", "rehearsal")
+STEPPING = ("lstm", "token_table", "rehearsal", "recent")
+"""Those with which something is said of each token that is written (stepping.py); `recent` says it of nothing else."""
 FILE_KINDS = {"rehearsal": "stand_ins"}
 """What a predictor's file calls itself, where that is not the predictor's own name."""

@@ -32,7 +32,7 @@ from store.errors import SpaceError
 from store.layout import ArenaLayout, align
 
 MAGIC = b"SIDA-MOE"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 BUILDING = ".building"
 PAGE_BYTES = 4096
 

@@ -46,25 +46,19 @@ class CopyEngine(JustInTime):
         Raises:
             RuntimeError: the copy thread broke.
         """
-        keys = [(layer, expert) for expert in experts]
         with self._changed:
+            self._check()
             # Decided once, before waiting: waiting gives the lock away, and an expert that comes meanwhile is not pinned.
-            pinned = [key for key in keys if key in self.slots]
-            for key in pinned:
-                self.slots.pin(key)
-            self._pass(batch * self._layers + layer)
+            held, kept = self._begin_reading(batch, layer, experts)
+        for key in kept:
+            self._fill(key, self.slots.room(key))
+        with self._changed:
             start = time.perf_counter_ns()
-            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in pinned))
+            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in held))
             self._movement.stall_ns += time.perf_counter_ns() - start
-            if self._failure:
-                raise RuntimeError("copying experts failed") from self._failure
-            for key in keys:
-                self._policy.used(key)
-            held = set(pinned)
-            weights = [self.slots.weights(key, in_slot=key in held) for key in keys]
-            self._movement.hits[layer] += len(pinned)
-            self._movement.misses[layer] += len(keys) - len(pinned)
-            self._movement.read_in_place_bytes += (len(keys) - len(pinned)) * self.slots.block_bytes((layer, 0))
+            self._check()
+            pinned = {*held, *kept}
+            weights = [self.slots.weights((layer, e), in_slot=(layer, e) in pinned) for e in experts]
         try:
             yield weights
         finally:
@@ -92,15 +86,18 @@ class CopyEngine(JustInTime):
 
     def _copy(self, key: Key, slot: torch.Tensor) -> None:
         start = time.time_ns()
+        self._fill(key, slot)
+        with self._changed:
+            self._movement.copied(start, time.time_ns(), slot.numel())
+
+    def _fill(self, key: Key, slot: torch.Tensor) -> None:
         try:
             slot.copy_(self._arena.block(*key))
         except BaseException as error:
             self._fail(error)
             raise
-        end = time.time_ns()
         with self._changed:
             self.slots.complete(key)
-            self._movement.copied(start, end, slot.numel())
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -118,6 +115,10 @@ class CopyEngine(JustInTime):
         except BaseException as error:
             self._fail(error)
             raise
+
+    def _check(self) -> None:
+        if self._failure:
+            raise RuntimeError("copying experts failed") from self._failure
 
     def _fail(self, error: BaseException) -> None:
         """Whoever waits for a copy, or asks for experts from now on, is told."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 READ_ONLY = 0x08
 PORTABLE = 0x01
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _READ_ONLY_SUPPORTED = 113  # CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
 
 
@@ -76,6 +77,11 @@ def store(target: int, value: int, stream: int) -> None:
     _call("cuStreamWriteValue64_v2", stream, target, value, 0)
 
 
+def launch(graph: int, stream: int) -> None:
+    """An instantiated graph (torch.cuda.CUDAGraph.raw_cuda_graph_exec): torch's `replay` without the state of random numbers."""
+    _call("cuGraphLaunch", graph, stream)
+
+
 def wait(stream: int, event: Event) -> None:
     """What is given to the stream from now on waits for the event."""
     _call("cuStreamWaitEvent", stream, event.handle, 0)
@@ -101,6 +107,13 @@ class Event:
         """Blocks this thread, and no other, until the point is reached."""
         _check("cuEventSynchronize", _driver().cuEventSynchronize(self.handle))
 
+    @property
+    def is_reached(self) -> bool:
+        status = _function("cuEventQuery")(self.handle)
+        if status != _NOT_READY:
+            _check("cuEventQuery", status)
+        return not status
+
     def ms_until(self, later: Event) -> float:
         """Between two points that have been reached; negative if the other was first."""
         elapsed = ctypes.c_float()
@@ -114,12 +127,14 @@ class Event:
 
 _ARGUMENTS = {
     "cuCtxSetCurrent": (c_void_p,),
+    "cuEventQuery": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
+    "cuGraphLaunch": (c_void_p, c_void_p),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
     "cuStreamWriteValue64_v2": (c_void_p, c_uint64, c_uint64, c_uint),
 }
-"""Of the calls that are made for every expert: once these are known, plain integers need no wrapping."""
+"""Of the calls that are made for every expert or layer: once these are known, plain integers need no wrapping."""
 
 
 @cache

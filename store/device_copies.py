@@ -154,10 +154,11 @@ class DeviceCopyEngine(Schedule):
             self._want(position, keys)
         self._proceed()
 
-    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray) -> None:
+    def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:
         """What a layer's kernels found, told after the batch.
 
         Args:
+            batch: whose table is judged by it; None: it is no more than a part of what the table was about.
             routed: int (experts,): tokens of each expert.
             hits: int (experts,): 1 if it was read from a slot.
             reads: int (experts,): how often its block was read.
@@ -168,6 +169,8 @@ class DeviceCopyEngine(Schedule):
             if not self.is_complete:  # else nobody has to go, ever
                 for expert in used.tolist():
                     self._policy.used((layer, expert))
+                if batch is not None:
+                    self._learn(batch * self._layers + layer, used.tolist())
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
@@ -251,18 +254,21 @@ class DeviceCopyEngine(Schedule):
         return True
 
     def _land(self) -> None:
-        """Waits for the oldest copy under way."""
-        key, mark = self._under_way[0]
-        mark.wait()
-        start, end = mark.span()
+        """Waits for the oldest copy under way; those behind it that have ended by then are seen with it."""
+        self._under_way[0][1].wait()
         with self._changed:
-            self._under_way.popleft()
-            self.slots.complete(key)
-            self.is_complete = self.is_complete or self.slots.ready_count == self._experts
-            self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-            self._demanded.pop(key, None)
-            if key in self._awaited:
-                self._awaited.remove(key)
-                self._unread.append(key)
+            self._landed(*self._under_way.popleft())
+            while self._under_way and self._under_way[0][1].is_reached():
+                self._landed(*self._under_way.popleft())
             if not self._is_held():  # whoever waits is woken once, and not for every copy
                 self._changed.notify_all()
+
+    def _landed(self, key: Key, mark: Mark) -> None:
+        start, end = mark.span()
+        self.slots.complete(key)
+        self.is_complete = self.is_complete or self.slots.ready_count == self._experts
+        self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
+        self._demanded.pop(key, None)
+        if key in self._awaited:
+            self._awaited.remove(key)
+            self._unread.append(key)

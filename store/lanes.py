@@ -36,6 +36,8 @@ class Mark(Protocol):
     def wait(self) -> None:
         """Blocks this thread, and no other, until the point is reached."""
 
+    def is_reached(self) -> bool: ...
+
     def span(self) -> tuple[int, int]:
         """When the `fill` that ends here was done, time.time_ns(); for a mark that has been reached."""
 
@@ -49,19 +51,20 @@ class Lanes(Protocol):
 
 
 class PointerTable:
-    """For every MoE layer the address of each of its experts: a slot, or the block in registered host memory.
+    """For every MoE layer the address of each of its experts: a slot, or the block in registered host memory, or 0, nowhere.
 
     Attributes:
         entries: int64 (MoE layers, experts of the largest layer), on the device; 0 where a layer has no such expert.
     """
 
-    def __init__(self, arena: Arena, host_address: int, device: torch.device):
+    def __init__(self, arena: Arena, host_address: int | None, device: torch.device):
         """
         Args:
-            host_address: of the arena's data, as the device sees it.
+            host_address: of the arena's data, as the device sees it; None: it does not see them.
         """
         layers = arena.layout.layers
-        self._host = [[host_address + layer.expert_offset(e) for e in range(layer.experts)] for layer in layers]
+        host = [[layer.expert_offset(e) for e in range(layer.experts)] for layer in layers]
+        self._host = [[0 if host_address is None else host_address + offset for offset in offsets] for offsets in host]
         self._width = max(layer.experts for layer in layers)
         rows = [addresses + [0] * (self._width - len(addresses)) for addresses in self._host]
         self.entries = torch.tensor(rows, dtype=torch.int64).to(device)
@@ -106,6 +109,9 @@ class CudaMark:
 
     def wait(self) -> None:
         self.ended.synchronize()
+
+    def is_reached(self) -> bool:
+        return self.ended.is_reached
 
     def span(self) -> tuple[int, int]:
         return self.clock.ns(self.begun), self.clock.ns(self.ended)

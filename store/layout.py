@@ -83,14 +83,23 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """The blocks of one MoE layer: `experts` of them, back to back from byte `offset` of the arena's data."""
+    """The blocks of one MoE layer, back to back from byte `offset` of the arena's data.
+
+    Attributes:
+        blocks: as many as experts; fewer where a stand-in of a model (pipeline/plan/trial.py) has experts share their bytes.
+    """
 
     block: BlockLayout
     experts: int
     offset: int
+    blocks: int
 
     def expert_offset(self, expert: int) -> int:
-        return self.offset + expert * self.block.nbytes
+        return self.offset + expert % self.blocks * self.block.nbytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.blocks * self.block.nbytes
 
 
 @dataclass(frozen=True)
@@ -120,13 +129,18 @@ class ArenaLayout:
         cls,
         experts: list[tuple[int, Mapping[str, tuple[tuple[int, ...], str]]]],
         backbone: Mapping[str, tuple[tuple[int, ...], str]],
+        most_blocks: int | None = None,
     ) -> ArenaLayout:
-        """Lays out MoE layers, each (number of experts, tensors of one expert), and then the backbone's tensors."""
+        """Lays out MoE layers, each (number of experts, tensors of one expert), and then the backbone's tensors.
+
+        Args:
+            most_blocks: of a layer; more experts than these share them.
+        """
         layers, offset = [], 0
         for count, tensors in experts:
-            layer = LayerLayout(BlockLayout.of(tensors), count, offset)
+            layer = LayerLayout(BlockLayout.of(tensors), count, offset, min(count, most_blocks or count))
             layers.append(layer)
-            offset = layer.expert_offset(count)
+            offset = layer.end
         parts, end = place(backbone, offset)
         return cls(tuple(layers), parts, end)
 
@@ -135,7 +149,7 @@ class ArenaLayout:
             return [p.name, list(p.shape), p.dtype, p.offset]
 
         return {
-            "layers": [[[part(p) for p in x.block.parts], x.block.nbytes, x.experts, x.offset] for x in self.layers],
+            "layers": [[[part(p) for p in x.block.parts], x.block.nbytes, x.experts, x.offset, x.blocks] for x in self.layers],
             "backbone": [part(p) for p in self.backbone],
             "nbytes": self.nbytes,
         }
@@ -146,7 +160,7 @@ class ArenaLayout:
             return Part(p[0], tuple(p[1]), p[2], p[3])
 
         layers = tuple(
-            LayerLayout(BlockLayout(tuple(part(p) for p in parts), nbytes), experts, offset)
-            for parts, nbytes, experts, offset in data["layers"]
+            LayerLayout(BlockLayout(tuple(part(p) for p in parts), nbytes), experts, offset, blocks)
+            for parts, nbytes, experts, offset, blocks in data["layers"]
         )
         return cls(layers, tuple(part(p) for p in data["backbone"]), data["nbytes"])

@@ -14,6 +14,7 @@ class Movement:
     demand_bytes: int = 0
     """Copies that a forward asked for. None where misses are read in place."""
     read_in_place_bytes: int = 0
+    """Of misses, those included that stayed in a slot (just_in_time.py)."""
     hits: list[int] = field(default_factory=list)
     misses: list[int] = field(default_factory=list)
     stall_ns: int = 0

@@ -20,7 +20,7 @@ import bisect
 import heapq
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,11 +29,15 @@ from store.eviction import Policy
 from store.layout import Key
 from store.movement import Movement
 from store.slots import Slots
+from store.trust import Trust
 
 WORTH_COPYING = 0.5
 """Probability of use. A copy costs a block's bytes for certain, reading in place costs them if the expert is needed at all."""
 
-NEAR, FAR, EARLY = 1, 12, 24
+UNHEARD = 8
+"""Batches: so long after the end of one its routers may still speak. A GPU's are heard when the batch is answered."""
+
+NEAR, FAR, EARLY = 1, 16, 24
 """MoE layers, experts, experts: enough to keep the link busy while a layer, or a small batch, computes. With right tables, on the
 routing of a random Switch-base-256 at batches of 1, 8 and 64 and budgets of 10, 20 and 40 %, this moves 1.02 to 1.13 times what
 perfect foresight would. With EARLY alone it is 1.16 at batch 1 and 40 %, with an eighth of the slots in its place 1.45."""
@@ -41,6 +45,9 @@ perfect foresight would. With EARLY alone it is 1.16 at batch 1 and 40 %, with a
 
 class Schedule:
     """The state that the copy engines share. One lock, `_changed`, guards it, and whoever changes it tells by it."""
+
+    worth_knowing = worth_copying = WORTH_COPYING
+    """Probabilities: of a use that the policy is told of, and of one that a copy is made for."""
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy):
         self.slots = slots
@@ -57,6 +64,8 @@ class Schedule:
         self._early: dict[Key, int] = {}  # in slots at a wanted one's cost -> the position that it is for
         self._most_early = max(1, min(EARLY, slots.count // 6))
         self._planned: set[int] = set()
+        self._trust = Trust([layer.experts for layer in arena.layout.layers], self.worth_knowing, self.worth_copying)
+        self._said: dict[int, Sequence[tuple[int, float]]] = {}  # position -> its table, until routers have spoken
         self._last_finished = -1
         self._movement = Movement(self._layers)
         self._changed = threading.Condition()
@@ -64,7 +73,8 @@ class Schedule:
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Queues a batch's predicted experts, per MoE layer (expert, probability that it is needed), likeliest first.
 
-        Those that are less likely needed than `WORTH_COPYING` are left to be read in place.
+        Those that are less likely needed than `worth_copying`, or have been of late where tables said so (trust.py), are left to be
+        read when their time comes.
 
         Does nothing for a batch that is planned already, or not later than a finished one: word may come late, or twice.
         """
@@ -74,11 +84,21 @@ class Schedule:
             self._planned.add(batch)
         for layer, experts in enumerate(uses):
             position = batch * self._layers + layer
-            likely = {(layer, expert): p for expert, p in experts if p >= WORTH_COPYING}
             with self._changed:  # layer by layer: who copies has not to wait for hundreds of experts
+                likely = {(layer, expert): p for expert, p in self._trust.worth(layer, experts)}
+                self._said[position] = experts
                 if batch in self._planned and position not in self._wanted:  # finished, or demanded, in the meantime
                     self._probability.update({(position, key): p for key, p in likely.items() if p < 1})
                     self._want(position, list(likely))
+        self._proceed()
+
+    def expect(self, batch: int, layer: int, experts: Sequence[int]) -> None:
+        """Says of one layer of a batch under way what is known now, in place of what was said before."""
+        with self._changed:
+            self._planned.add(batch)
+            position = batch * self._layers + layer
+            self._pass(position)
+            self._want(position, [(layer, expert) for expert in experts])
         self._proceed()
 
     def finish(self, batch: int) -> None:
@@ -95,6 +115,12 @@ class Schedule:
             self._policy.finished()
             self._tidy()
         self._proceed()
+
+    def _learn(self, position: int, used: Iterable[int]) -> None:
+        """Routers have spoken: what the tables said of a layer is judged."""
+        said = self._said.pop(position, None)
+        if said is not None:
+            self._trust.learn(position % self._layers, said, set(used))
 
     def take(self) -> Movement:
         """What has moved since the last call."""
@@ -150,13 +176,15 @@ class Schedule:
         position = uses[0]
         probability = self._probability.get((position, key), 1.0)
         self._policy.wanted(key, position, probability)
-        if key not in self.slots:
+        if key not in self.slots and probability >= self.worth_copying:
             heapq.heappush(self._queue, (position, 1 - probability, key))
 
     def _tidy(self) -> None:
         """Forgets what only stands in heaps: not every policy comes to look at it."""
         while self._positions and self._positions[0] not in self._wanted:
             heapq.heappop(self._positions)
+        for position in [known for known in self._said if known < (self._last_finished - UNHEARD) * self._layers]:
+            del self._said[position]
         if len(self._aside) > 2 * len(self._set_aside) + 64:
             self._aside = [entry for entry in self._aside if (entry[0], entry[2]) in self._set_aside]
             heapq.heapify(self._aside)
@@ -231,7 +259,9 @@ class Schedule:
         self._early.pop(victim, None)
         self._evicted(victim)
         if uses := self._next_uses[victim]:
-            heapq.heappush(self._queue, (uses[0], 1 - self._probability.get((uses[0], victim), 1.0), victim))
+            probability = self._probability.get((uses[0], victim), 1.0)
+            if probability >= self.worth_copying:
+                heapq.heappush(self._queue, (uses[0], 1 - probability, victim))
 
     def _victim(self, position: int) -> Key | None:
         """The first by the policy's order that no forward reads and no table wants before `position`."""

@@ -80,14 +80,11 @@ class Simulation(JustInTime):
 
     def read(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         """A MoE layer's forward."""
-        found = 0
-        self._pass(batch * self._layers + layer)
-        for expert in experts:
-            found += (layer, expert) in self.slots
-            self._policy.used((layer, expert))
-        self._movement.hits[layer] += found
-        self._movement.misses[layer] += len(experts) - found
-        self._movement.read_in_place_bytes += (len(experts) - found) * self.slots.block_bytes((layer, 0))
+        held, kept = self._begin_reading(batch, layer, experts)
+        for key in kept:
+            self.slots.complete(key)
+        for key in (*held, *kept):
+            self.slots.unpin(key)
         self._proceed()
 
     def demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:

@@ -56,19 +56,39 @@ def parse_bytes(budget: str, expert_bytes: int, free: int, key: str) -> int:
     return min(nbytes, expert_bytes)
 
 
+def pinned(nbytes: int) -> torch.Tensor:
+    """Host memory that a GPU can read: uint8 (nbytes,).
+
+    Raises:
+        SpaceError: it cannot be had.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise SpaceError(f"CUDA cannot pin {nbytes} bytes of host memory: {str(error).splitlines()[0]}") from None
+
+
 class Slots:
-    """`count` slots of the arena's `slot_bytes`, allocated once.
+    """`count` slots of the arena's `slot_bytes`, allocated once: on the device, or in pinned host memory, which a GPU can read.
 
     Attributes:
         resident_bytes: block bytes of the experts in slots, those being filled included.
         resident_peak_bytes: the most that this ever was; never above the budget, often below it.
     """
 
-    def __init__(self, arena: Arena, count: int, device: torch.device):
+    def __init__(self, arena: Arena, count: int, device: torch.device | None):
+        """
+        Args:
+            device: None: the host, pinned.
+
+        Raises:
+            SpaceError: no pinned memory can be had.
+        """
         self._arena = arena
         self._layers = arena.layout.layers
         slot_bytes = arena.layout.slot_bytes
-        self.memory = torch.empty(count * slot_bytes, dtype=torch.uint8, device=device)
+        nbytes = count * slot_bytes
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device) if device is not None else pinned(nbytes)
         self._slots = [self.memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(count)]
         self._free = list(range(count - 1, -1, -1))
         self._slot_of: dict[Key, int] = {}
@@ -108,16 +128,21 @@ class Slots:
     def admit(self, key: Key) -> torch.Tensor:
         """Gives the expert a free slot; returns the bytes to fill, uint8 (block bytes,). `complete` must follow."""
         assert key not in self._slot_of and self._free
-        slot = self._slot_of[key] = self._free.pop()
+        self._slot_of[key] = self._free.pop()
         self.resident_bytes += self.block_bytes(key)
         self.resident_peak_bytes = max(self.resident_peak_bytes, self.resident_bytes)
-        return self._slots[slot][: self.block_bytes(key)]
+        return self.room(key)
 
     def complete(self, key: Key) -> None:
         """The expert's copy has ended: it may be read from its slot."""
         assert key in self._slot_of and key not in self._ready
         self._ready.add(key)
         self._resident[key[0]] += 1
+
+    def room(self, key: Key) -> torch.Tensor:
+        """The bytes of the slot that the expert has, uint8 (block bytes,)."""
+        memory, nbytes = self._slots[self._slot_of[key]], self.block_bytes(key)
+        return memory if nbytes == self._arena.layout.slot_bytes else memory[:nbytes]  # a slice takes longer than all else here
 
     def evict(self, key: Key) -> None:
         """Frees the slot. Nothing is copied back: experts are read-only."""

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.batch_result import BatchStats
+from pipeline.bench.decoding import bench_decoding
 from pipeline.bench.limit import link_bytes_per_second
 from pipeline.bench.output import BenchDir
 from pipeline.bench.report import draw, markdown
@@ -26,7 +27,6 @@ from pipeline.bench.rows import Measured, Yardsticks, line, ray_over_in_process,
 from pipeline.bench.systems import SYSTEMS, Bench, check_systems
 from pipeline.bench.workload import Combination, Workload, mapped, record_workload
 from pipeline.config import Config
-from pipeline.errors import ConfigError
 from pipeline.machine import hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
@@ -48,7 +48,7 @@ def bench(config: Config) -> dict[str, Any]:
         One of USER_ERRORS: what the user gave cannot work.
     """
     if config.task == "generate":
-        raise ConfigError("task: bench measures one forward per batch, not generation; write `task: score` or `task: classify`")
+        return bench_decoding(config)
     device = choose_device(config.device)
     check_systems(config, device)
     if device == "cpu" and {"transformers", "cpu"} <= {*config.bench.systems}:

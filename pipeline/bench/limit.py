@@ -26,9 +26,18 @@ def fewest_moves(uses: Sequence[Sequence[Key]], slots: int, rounds: int = 2) -> 
         uses: the experts that each layer of each batch reads, in the order of execution.
         rounds: the sequence is repeated so often, and the moves of the last time are counted, in a cache that is warm.
     """
-    sequence = [key for _ in range(rounds) for layer in uses for key in layer]
     if slots == 0:
-        return len(sequence) // rounds
+        return sum(map(len, uses))
+    return sum(fewest_moves_each(list(uses) * rounds, slots)[-len(uses) :]) if uses else 0
+
+
+def fewest_moves_each(uses: Sequence[Sequence[Key]], slots: int) -> list[int]:
+    """The same, of each layer of a sequence that comes once, in a cache that is empty before.
+
+    Args:
+        slots: at least 1.
+    """
+    sequence = [key for layer in uses for key in layer]
     later: dict[Key, int] = defaultdict(lambda: NEVER)
     next_use = [0] * len(sequence)
     for at in range(len(sequence) - 1, -1, -1):
@@ -36,16 +45,20 @@ def fewest_moves(uses: Sequence[Sequence[Key]], slots: int, rounds: int = 2) -> 
         later[sequence[at]] = at
     farthest: list[tuple[int, Key]] = []  # a heap of (minus the next use, expert); stale where `resident` says otherwise
     resident: dict[Key, int] = {}
-    moves, counted_from = 0, len(sequence) - len(sequence) // rounds
-    for at, key in enumerate(sequence):
-        moves += at >= counted_from and key not in resident
-        resident[key] = next_use[at]
-        heapq.heappush(farthest, (-next_use[at], key))
-        while len(resident) > slots:
-            use, victim = heapq.heappop(farthest)
-            if resident.get(victim) == -use:
-                del resident[victim]
-    return moves
+    each, at = [], 0
+    for layer in uses:
+        moves = 0
+        for key in layer:
+            moves += key not in resident
+            resident[key] = next_use[at]
+            heapq.heappush(farthest, (-next_use[at], key))
+            while len(resident) > slots:
+                use, victim = heapq.heappop(farthest)
+                if resident.get(victim) == -use:
+                    del resident[victim]
+            at += 1
+        each.append(moves)
+    return each
 
 
 def link_bytes_per_second(memory: torch.Tensor, nbytes: int, device: torch.device, seconds: float = 0.5) -> float:

@@ -38,27 +38,33 @@ class StaticExperts:
         """Zero for tokens that the router drops or that find no place."""
         routing = route()  # T tokens, E experts, C places, D hidden
         places = max(1, math.ceil(self._capacity * len(hidden)))
-        dispatch, combine = masks(routing.experts, routing.weights, self._count, places)
-        inputs = torch.einsum("tec,td->ecd", dispatch.to(hidden.dtype), hidden)
+        dispatch, combine = masks(routing.experts, routing.weights.to(hidden.dtype), self._count, places)
+        inputs = torch.einsum("tec,td->ecd", dispatch, hidden)
         outputs = vmap(self._expert)(self._weights, inputs)
-        return torch.einsum("tec,ecd->td", combine.to(hidden.dtype), outputs)
+        return torch.einsum("tec,ecd->td", combine, outputs)
 
 
 def masks(experts: torch.Tensor, weights: torch.Tensor, count: int, places: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which token goes to which place of which expert, and with which weight it comes back: (tokens, count, places) both.
+    """Which token goes to which place of which expert, and with which weight it comes back: (tokens, count, places) both, of the
+    weights' dtype.
 
     First choices find places before second ones, and earlier tokens before later ones.
 
     Args:
         experts, weights: (tokens, top_k); expert -1 is none.
     """
-    top_k = experts.shape[1]
+    tokens, top_k = experts.shape
     chosen = nn.functional.one_hot(experts.clamp(min=0).T.reshape(-1), count) * (experts.T.reshape(-1, 1) >= 0)  # (top_k * T, E)
     place = ((chosen.cumsum(0) - 1) * chosen).sum(-1)  # (top_k * T,): how many were there before
     fits = (place < places) & (chosen.sum(-1) > 0)
-    where = nn.functional.one_hot(place.clamp(max=places - 1), places) * fits[:, None]  # (top_k * T, C)
-    each = (chosen[:, :, None] * where[:, None, :]).view(top_k, -1, count, places)
-    return each.sum(0), (each * weights.T[:, :, None, None]).sum(0)
+    first = (torch.arange(tokens, device=experts.device).repeat(top_k) * count + experts.T.reshape(-1)) * places
+    where = torch.where(fits, first + place, tokens * count * places)  # the last for those that find none
+
+    def mask(values: torch.Tensor) -> torch.Tensor:
+        flat = weights.new_zeros(tokens * count * places + 1).scatter_(0, where, values)
+        return flat[:-1].view(tokens, count, places)
+
+    return mask(torch.ones_like(weights).reshape(-1)), mask(weights.T.reshape(-1))
 
 
 def waste_factor(experts: int, top_k: int, capacity: float) -> float:

@@ -21,6 +21,7 @@ import torch
 from pipeline.gpu.layers import CurrentForward, DeviceForward
 from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
+from store import cuda
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]
 """Per MoE layer the experts of every token and their scaling factors (DeviceForward.tables)."""
@@ -45,15 +46,17 @@ class Outputs:
 
 @dataclass
 class Recorded:
-    """A forward as graphs, to be replayed in this order, with a MoE boundary between each and the next.
+    """A forward as graphs, to be launched in this order, with a MoE boundary between each and the next.
 
     Attributes:
-        parts: for each boundary.
+        pieces, parts: handles for store.cuda.launch; parts: for each boundary.
+        graphs: which they are of.
     """
 
-    pieces: list[torch.cuda.CUDAGraph]
-    parts: list[torch.cuda.CUDAGraph]
+    pieces: list[int]
+    parts: list[int]
     outputs: Outputs
+    graphs: list[torch.cuda.CUDAGraph]
 
 
 class GraphedForward:
@@ -79,24 +82,29 @@ class GraphedForward:
         self.whole: Recorded | None = None
         self.pieces: Recorded | None = None
 
-    def load(self, inputs: Inputs, tables: Tables | None) -> None:
-        """Fills the buffers."""
-        for name, buffer in self.inputs.items():
-            buffer.copy_(inputs[name], non_blocking=True)
-        for (experts, weights), (new_experts, new_weights) in zip(self.tables or (), tables or (), strict=True):
-            experts.copy_(new_experts, non_blocking=True)
-            weights.copy_(new_weights, non_blocking=True)
+    def load(self, inputs: Inputs, tables: Tables | None, stream: int) -> None:
+        """Fills the buffers, in the stream's order, from pinned memory that must stay until then."""
+        pairs = [(buffer, inputs[name]) for name, buffer in self.inputs.items()]
+        for buffers, new in zip(self.tables or (), tables or (), strict=True):
+            pairs += zip(buffers, new, strict=True)
+        for buffer, tensor in pairs:
+            assert buffer.dtype == tensor.dtype and tensor.is_contiguous()
+            cuda.copy_to_device(buffer.data_ptr(), tensor.data_ptr(), tensor.nbytes, stream)
 
-    def record(self, whole: bool, pieces: bool) -> None:
+    def record(self, whole: bool, pieces: bool) -> bool:
         """Makes the graphs that will be needed, unless they are there.
+
+        Returns: whether there was one to make.
 
         Raises:
             RuntimeError: the forward cannot be recorded.
         """
-        if whole and self.whole is None:
+        missing = (whole and self.whole is None, pieces and self.pieces is None)
+        if missing[0]:
             self.whole = self._record(cut=False)
-        if pieces and self.pieces is None:
+        if missing[1]:
             self.pieces = self._record(cut=True)
+        return any(missing)
 
     def _record(self, cut: bool) -> Recorded:
         graphs: list[torch.cuda.CUDAGraph] = []
@@ -125,7 +133,8 @@ class GraphedForward:
             begin()
             with _closed(graphs):
                 outputs = Outputs.of(self._forward(self.inputs), now, counts)
-        return Recorded(graphs[::2], graphs[1::2], outputs)
+        handles = [graph.raw_cuda_graph_exec() for graph in graphs]
+        return Recorded(handles[::2], handles[1::2], outputs, graphs)
 
 
 MASKS = ("attention_mask", "decoder_attention_mask")

@@ -64,9 +64,15 @@ class DeviceForward:
 
 
 class CurrentForward:
-    """Holds the forward under way, for the MoE layers of one model."""
+    """Holds the forward under way, for the MoE layers of one model.
+
+    Attributes:
+        ahead: called with the layer, what comes to it, (tokens, d_model), and its experts, (tokens, top_k), -1 for none, before
+            they are computed: whoever guesses what later layers will need. No word between host and device in there.
+    """
 
     forward: DeviceForward
+    ahead: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class DeviceExperts:
@@ -81,16 +87,18 @@ class DeviceExperts:
         slots: tuple[int, int],
         counters: Counters,
         current: CurrentForward,
+        asks: bool = False,
     ):
         """
         Args:
+            asks: the router, even where a table decides (ExecutorSpec.asks_routers).
             table: int64 (experts,), this layer's part of the pointer table.
             slots: first address of the slots and the first behind them.
         """
         self._layer, self._stream = layer, stream
         self._shape, self._table, self._slots = shape, table, slots
         self._routed, self._hits = counters.routed[layer, : shape.experts], counters.hits[layer, : shape.experts]
-        self._current = current
+        self._current, self._asks = current, asks
 
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
@@ -98,9 +106,8 @@ class DeviceExperts:
         # While generating, later forwards bring one token per row, which may be as many as the prompt had.
         first = len(mask) == len(hidden) and self._layer not in now.seen
         now.seen.add(self._layer)
-        if now.tables is not None and first:
-            experts, weights = now.tables[self._layer]
-        else:
+        table = now.tables[self._layer] if now.tables is not None and first else None
+        if table is None or self._asks:
             routing = route()
             experts, weights = torch.where(mask != 0, routing.experts, -1) if first else routing.experts, routing.weights
             if first:
@@ -109,8 +116,12 @@ class DeviceExperts:
                 real = mask[:, 0].nonzero()[:, 0]
                 logits = routing.logits[real] if routing.logits is not None else None
                 now.decisions.append(record(logits, routing.chosen[real], weights[real], now.top_t))
+        if table is not None:
+            experts, weights = table
         groups = grouping.group(experts, self._shape)
         output = kernels.room(hidden, groups)
+        if self._current.ahead is not None:
+            self._current.ahead(self._layer, hidden, experts)
         now.routed(self._layer, groups.counts)
         in_part = True
         while in_part:

@@ -3,6 +3,9 @@
 The host's arena is registered with CUDA, so that copies run at the link's speed and a kernel can read a block in place. A batch is
 enqueued without a question to the GPU: its kernels follow the table, and count what they found. What is done with a batch before
 and after that, work.py has.
+
+Where the arena is not registered (it cannot be, or lies on a disk: all of it would be pinned), an expert has to come into a slot
+before it is used: the routers' choice is read back, layer by layer, and what is missing comes first (store/staged_copies.py).
 """
 
 from __future__ import annotations
@@ -21,20 +24,24 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs, Tables
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
 from pipeline.gpu.work import GPUWork
+from pipeline.gpu.writing import GPUWriting, Replays
 from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
 from pipeline.routing import Expert
 from predictor.hash_table import HashTable
+from predictor.stepping import Foresight
 from store import cuda
 from store.arena import Arena
 from store.cuda import CudaError
 from store.device_copies import DeviceCopyEngine
-from store.errors import SpaceError
 from store.eviction import POLICIES
 from store.lanes import CudaLanes, PointerTable
+from store.read_ahead import StagedReadAheadEngine
+from store.ring import HOST_SLOTS, CudaRingLanes
 from store.slots import Slots
+from store.staged_copies import StagedCopyEngine
 
-SWITCH_S = 0.0002
+SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
 
 
@@ -44,7 +51,7 @@ class OnGPU:
     def __init__(self, spec: ExecutorSpec, arena: Arena):
         """
         Raises:
-            SpaceError: the arena cannot be registered.
+            SpaceError: the arena cannot be registered, and no host memory can be pinned in its stead.
         """
         self.spec = spec
         self._registered = ExitStack()
@@ -62,10 +69,11 @@ class OnGPU:
         torch.cuda.init()
         self.stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self.stream):
-            slots = Slots(arena, spec.slots, device)
+            self.counters = Counters(arena.layout.layers, device)  # the first allocation, which makes a context
             host = self._register(arena, device)
+            on_device = host is not None or spec.slots > 0
+            slots = Slots(arena, spec.slots, device) if on_device else Slots(arena, HOST_SLOTS, None)
             table = PointerTable(arena, host, device)
-            self.counters = Counters(arena.layout.layers, device)
             self._current = CurrentForward()
             begin = slots.memory.data_ptr()
             self.shapes: list[ExpertShape] = []
@@ -75,11 +83,20 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current)
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.asks_routers)
 
             self.model = build(spec.model, arena, experts, device)
-        self.lanes = CudaLanes(arena, slots, table, self.stream)
-        self.engine = DeviceCopyEngine(arena, slots, POLICIES[spec.policy](), self.lanes)
+        self.asks = spec.demand or host is None
+        policy = POLICIES[spec.policy]()
+        self.lanes: CudaLanes
+        self.engine: DeviceCopyEngine
+        if host is not None:
+            self.lanes = CudaLanes(arena, slots, table, self.stream)
+            self.engine = DeviceCopyEngine(arena, slots, policy, self.lanes)
+        else:
+            self.lanes = CudaRingLanes(arena, slots, table, self.stream)
+            staged = StagedReadAheadEngine if spec.read_ahead else StagedCopyEngine
+            self.engine = staged(arena, slots, policy, self.lanes, on_device)
         self._graphs: dict[tuple, GraphedForward | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recording = torch.cuda.Stream(device)
@@ -88,23 +105,40 @@ class OnGPU:
         """The ends of the batches that the GPU has been given last."""
         self.eager_because: dict[str, int] = {}
         """Batches that ran without a graph, by reason."""
+        self.memory_peak_bytes: int | None = None
+        with torch.cuda.stream(self.stream):
+            self.replays = Replays(self, self._current, self._recording) if spec.task.forwards > 1 else None
         self.engine.start()
 
-    def _register(self, arena: Arena, device: torch.device) -> int:
-        """The arena's address as the device sees it. Whatever fails later, or if nothing does `close`, gives it up."""
+    def _register(self, arena: Arena, device: torch.device) -> int | None:
+        """The arena's address as the device sees it, until what fails later, or else `close`, gives it up; None: it does not."""
+        self.miss_path = "in_place"
+        if self.spec.read_ahead:
+            self.miss_path = "staged: store.backing is file, and registering it would pin all of it"
+            return None
         address = arena.memory.data_ptr()
         try:
             host = cuda.register(address, arena.memory.numel(), device.index or 0)
         except CudaError as error:
-            raise SpaceError(f"{arena.path}: CUDA cannot register it ({error}); write `device: cpu`") from None
+            self.miss_path = f"staged: {arena.path}: CUDA cannot register it ({error})"
+            return None
         self._registered.callback(cuda.unregister, address)
         return host
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        self.engine.plan(batch, uses)
+        self.engine.plan(batch * self.spec.task.forwards, uses)
 
-    def prepare(self, batch: Batch, table: HashTable | None, top_t: int | None = None, hear: Hear | None = None) -> GPUWork:
-        return GPUWork(self, batch, table, top_t, hear)
+    def prepare(
+        self,
+        batch: Batch,
+        table: HashTable | None,
+        top_t: int | None = None,
+        hear: Hear | None = None,
+        foresight: Foresight | None = None,
+    ) -> GPUWork:
+        if self.spec.task.forwards > 1:
+            return GPUWriting(self, batch, table, top_t, hear, foresight)
+        return GPUWork(self, batch, table, top_t)
 
     def wait_for_room(self) -> None:
         """Until the GPU has but one batch to do. With more, whoever is evicted would wait for batches that have not begun."""
@@ -115,10 +149,6 @@ class OnGPU:
         cuda.use(self._context)  # the thread may be new to CUDA
         event.synchronize()
 
-    @property
-    def memory_peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device)
-
     def close(self) -> None:
         self.engine.close()
         try:
@@ -126,13 +156,11 @@ class OnGPU:
         finally:
             self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, hear: Hear | None) -> tuple[Outputs, str]:
-        """Enqueues a forward: as a graph when its shape has been seen before. A task of many forwards has run when this returns.
+    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> tuple[Outputs, str]:
+        """Enqueues a forward: as a graph when its shape has been seen before.
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
-        if not self.spec.task.one_forward:
-            return self._eager(batch, host, tables, top_t, "many forwards", hear)
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")
@@ -144,40 +172,44 @@ class OnGPU:
             return self._eager(batch, host, tables, None, "not recordable")
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
-            graphed.record(whole=not self.spec.demand or complete, pieces=not complete)
+            if graphed.record(whole=not self.asks or complete, pieces=not complete):
+                self.look_at_memory()
         except RuntimeError as error:
             self._graphs[key] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
             return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
-        graphed.load(host, tables)
+        stream = self.stream.cuda_stream
+        graphed.load(host, tables, stream)
         if graphed.whole is not None and self.engine.is_ready(batch):
-            graphed.whole.pieces[0].replay()
+            cuda.launch(graphed.whole.pieces[0], stream)
             outputs = graphed.whole.outputs
             self.engine.passed(batch, *range(len(outputs.counts)))
             return outputs, "whole"
         assert graphed.pieces is not None
         outputs = graphed.pieces.outputs
-        graphed.pieces.pieces[0].replay()
+        cuda.launch(graphed.pieces.pieces[0], stream)
         for layer, (part, piece) in enumerate(zip(graphed.pieces.parts, graphed.pieces.pieces[1:], strict=True)):
             self._routed(batch, layer, outputs.counts[layer])
             while self.engine.stage(batch, layer):
-                part.replay()
+                cuda.launch(part, stream)
                 self.engine.read(batch, layer)
-            piece.replay()
+            cuda.launch(piece, stream)
             self.engine.passed(batch, layer)
         return outputs, "pieces"
 
+    def look_at_memory(self) -> None:
+        """After what takes some. Graphs take none when they run, and torch takes a tenth of a millisecond to say."""
+        self.memory_peak_bytes = torch.cuda.max_memory_allocated(self._device)
+
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
-        """On demand, what a router has named is wanted in slots."""
-        if self.spec.demand:
+        """On demand, or where it could be read nowhere else, what a router has named is wanted in slots."""
+        if self.asks and not self.engine.is_complete:
             self.engine.demand(batch, layer, counts[:-1].cpu().numpy().nonzero()[0].tolist())
 
     def _done(self, batch: int, layer: int, in_part: bool) -> None:
         (self.engine.read if in_part else self.engine.passed)(batch, layer)
 
-    def _eager(
-        self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str, hear: Hear | None = None
-    ) -> tuple[Outputs, str]:
+    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> tuple[Outputs, str]:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
         moved = None
@@ -187,7 +219,9 @@ class OnGPU:
         now = self._current.forward = DeviceForward(
             masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
-        return Outputs.of(self.spec.task.forward(self.model, inputs, hear), now, []), f"eager: {reason}"
+        outputs = Outputs.of(self.spec.task.forward(self.model, inputs), now, [])
+        self.look_at_memory()
+        return outputs, f"eager: {reason}"
 
     def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
         inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}

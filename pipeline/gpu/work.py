@@ -14,7 +14,6 @@ from pipeline.data import Batch
 from pipeline.device import Answer
 from pipeline.gpu.graphs import MASKS, Tables
 from pipeline.gpu.grouping import tiles_for
-from pipeline.inputs import Hear
 from predictor.hash_table import HashTable
 from store import cuda
 
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 class GPUWork:
     """See `pipeline.device.Work`."""
 
-    def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None, hear: Hear | None):
-        self._gpu, self._batch, self._top_t, self._hear = gpu, batch.index, top_t, hear
+    def __init__(self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None):
+        self._gpu, self._batch, self._top_t = gpu, batch.index, top_t
         host = gpu.spec.task.inputs(batch, padded if gpu.spec.model.may_pad else lambda longest: longest)
         masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
         self._real = [np.flatnonzero(mask) for mask in masks]
@@ -42,7 +41,7 @@ class GPUWork:
         with torch.cuda.stream(gpu.stream):
             self._begun = cuda.Event(stream)
             try:
-                outputs, self._how = gpu.forward(self._batch, self._inputs, self._tables, self._top_t, self._hear)
+                outputs, self._how = gpu.forward(self._batch, self._inputs, self._tables, self._top_t)
                 self._results = outputs.results.to("cpu", non_blocking=True)
                 self._chosen = outputs.chosen.to("cpu", non_blocking=True) if outputs.chosen is not None else None
                 self._counters = gpu.counters.both.to("cpu", non_blocking=True)
@@ -94,7 +93,7 @@ class GPUWork:
         for layer, (stream, width, shape) in enumerate(zip(streams, widths, gpu.shapes, strict=True)):
             routed, hits = counters[:, layer, : shape.experts]
             rows = tiles_for(self._tokens[stream] * width, shape).rows
-            gpu.engine.counted(layer, routed, hits, -(-routed // rows))
+            gpu.engine.counted(layer, routed, hits, -(-routed // rows), self._batch)
 
 
 def padded(longest: int) -> int:

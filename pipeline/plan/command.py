@@ -10,15 +10,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.machine import hardware
-from pipeline.plan.compute_time import compute_seconds
-from pipeline.plan.expected import MIN, Expected, Pace, expect, knee
+from pipeline.plan.expected import MIN, Expected, Pace, expect, knee, moves_when_warm
 from pipeline.plan.footprint import Footprint, footprint, gb
 from pipeline.plan.link import measure
 from pipeline.plan.picture import draw
 from pipeline.plan.recorded import Recorded, replay
+from pipeline.plan.trial import SAMPLED, tried
 from pipeline.prepare import load_tokenizer
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import PLANS, check_lasting, write_whole
@@ -47,7 +49,7 @@ def plan(config: Config) -> dict[str, Any]:
     print(_of_the_link(known, link))
     rows, pace = [], None
     if recorded is not None and task is not None:
-        pace = _pace(known, task, recorded, link)
+        pace = _pace(config, known, task, recorded, link, list(budgets.values()))
         policies = config.plan.policies or list(POLICIES)
         rows = [expect(recorded.routed, b, s, p, pace) for b, s in budgets.items() for p in [*policies, MIN]]
         print(_of_the_trace(recorded, pace))
@@ -56,7 +58,8 @@ def plan(config: Config) -> dict[str, Any]:
         print("no plan.trace: how many experts must move is not known; record one with `train`, predictor.kind=oracle")
     best = _knee(config, rows)
     report = _report(known, rows, best, link, pace)
-    for line in _advice(config, known, rows, pace, report):
+    batches = 0 if recorded is None else len(recorded.batches)
+    for line in _advice(config, known, rows, pace, batches, report):
         print(line)
     written = [write_whole(output / PLANS[0], json.dumps(report | {"config": config.to_dict()}, indent=1) + "\n")]
     if recorded is not None:
@@ -84,10 +87,20 @@ def _budgets(config: Config, known: Footprint) -> dict[str, int]:
     return dict(sorted(wanted.items(), key=lambda item: item[1]))
 
 
-def _pace(known: Footprint, task: Task, recorded: Recorded, link: float | None) -> Pace:
-    computed = compute_seconds(known, task, recorded.batches, recorded.parts)
-    seconds = computed.seconds * len(recorded.batches) if computed is not None else None
-    return Pace(seconds, recorded.predict_s, link, known.layout.slot_bytes, known.device != "cpu")
+def _pace(config: Config, known: Footprint, task: Task, recorded: Recorded, link: float | None, slots: list[int]) -> Pace:
+    sample = recorded.first(SAMPLED[torch.device(known.device).type])
+    found = tried(known, task, sample, slots, config.store.policy, config.routing)
+    return pace_of(config.store.policy, sample, [(one.slots, one.seconds) for one in found], known, link)
+
+
+def pace_of(policy: str, sample: Recorded, found: list[tuple[int, float]], known: Footprint, link: float | None) -> Pace:
+    """
+    Args:
+        found: slots, seconds per batch of the sample.
+    """
+    points = [(moves_when_warm(sample.routed, slots, policy), seconds) for slots, seconds in found]
+    predict_s = sample.predict_s / len(sample.batches)
+    return Pace.of(points, predict_s, None if link is None else known.layout.slot_bytes / link)
 
 
 def _knee(config: Config, rows: list[Expected]) -> str | None:
@@ -112,7 +125,8 @@ def _report(known: Footprint, rows: list[Expected], best: str | None, link: floa
         "free_bytes": {"device": known.device_free, "host": known.host_free, "shm": known.directory_free},
         "fits": {"arena": known.arena_fits, "experts": known.experts_fit},
         "link_gb_per_s": None if link is None else round(link / 1e9, 2),
-        "compute_s": None if pace is None or pace.compute_s is None else round(pace.compute_s, 4),
+        "compute_ms": None if pace is None or pace.compute_s is None else round(pace.compute_s * 1e3, 4),
+        "tried": [] if pace is None else [{"moves": round(m, 2), "ms": round(s * 1e3, 4)} for m, s in pace.tried],
         "rows": [
             {
                 "budget": row.budget,
@@ -143,7 +157,7 @@ def _of_the_trace(recorded: Recorded, pace: Pace) -> str:
     used = recorded.routed.count / batches / layers
     text = f"trace: {recorded.routed.samples} rows in {batches} batches; each uses {used:.1f} experts per MoE layer"
     if pace.compute_s is not None:
-        text += f" and computes {pace.compute_s / batches * 1e3:.3g} ms with all of them at hand"
+        text += f" and takes {pace.compute_s * 1e3:.3g} ms where least has to move"
     return f"{text}; {recorded.tables}, {recorded.predict_s / batches * 1e3:.3g} ms to make"
 
 
@@ -169,12 +183,14 @@ def table(rows: list[Expected], uses: int, fit: int, policy: str) -> list[str]:
     return [*lines, "moves: experts copied or read in place; below 1 per use is reuse; min: perfect foresight, the bound"]
 
 
-def _advice(config: Config, known: Footprint, rows: list[Expected], pace: Pace | None, report: dict[str, Any]) -> list[str]:
+def _advice(
+    config: Config, known: Footprint, rows: list[Expected], pace: Pace | None, batches: int, report: dict[str, Any]
+) -> list[str]:
     lines = []
     if report["knee"] is not None:
         lines.append(f"the knee is at {report['knee']}: beyond it more slots save little")
-    if pace is not None and pace.compute_s is not None and pace.link is not None:
-        bound = [row for row in rows if row.policy == config.store.policy and pace.is_link_bound(row.moves)]
+    if pace is not None and pace.tried and batches:
+        bound = [row for row in rows if row.policy == config.store.policy and pace.is_link_bound(row.moves / batches)]
         if bound:
             lines.append(f"the link is the bound up to a budget of {bound[-1].budget}: moves take longer there than computing does")
         elif rows:

@@ -1,4 +1,5 @@
-"""What a recorded routing lets one expect of a budget and a policy: moves from a simulation, samples per second from them.
+"""What a recorded routing lets one expect of a budget and a policy: moves from a simulation, samples per second from them and from
+what was tried (trial.py).
 
 Knows batches as the experts that each MoE layer used and the tables said; nothing of the model's values.
 """
@@ -7,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
+
+import numpy as np
 
 from pipeline.bench.limit import fewest_moves
 from pipeline.window import Window
+from store.movement import Movement
 from store.simulator import Moves, Tables, Uses, layout_of, simulate
 
 MIN = "min"
@@ -41,39 +46,57 @@ class Routed:
 
 @dataclass(frozen=True)
 class Pace:
-    """What turns moves into time.
+    """What turns moves into time: what was tried, and straight lines between.
 
     Attributes:
-        compute_s: of all batches, with every expert at hand; None: not known.
-        predict_s: of all their tables, made beside the computing.
-        link: bytes per second; None: not known.
-        block_bytes: of one expert.
-        in_place_waits: a kernel that reads an expert in place waits for the link, as on a GPU; on a CPU it reads RAM either way.
+        tried: (moves per batch, seconds per batch) of one policy under several budgets, moves as simulated, ascending; empty:
+            nothing could be tried.
+        predict_s: of a batch's table, made beside the computing.
+        expert_s: of one move over the link; None: not known.
     """
 
-    compute_s: float | None
+    tried: tuple[tuple[float, float], ...]
     predict_s: float
-    link: float | None
-    block_bytes: int
-    in_place_waits: bool
+    expert_s: float | None
 
-    def seconds(self, moves: int, misses: int) -> float | None:
-        """Of all batches: copies go on beside the computing, reads in place are part of it, and both share the link."""
-        if self.compute_s is None or self.link is None:
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, float]], predict_s: float, expert_s: float | None) -> Pace:
+        """
+        Args:
+            points: in any order; those that move alike are one, in the middle.
+        """
+        alike: dict[float, list[float]] = {}
+        for moves, seconds in points:
+            alike.setdefault(moves, []).append(seconds)
+        return cls(tuple((moves, median(alike[moves])) for moves in sorted(alike)), predict_s, expert_s)
+
+    def seconds(self, moves: float) -> float | None:
+        """Of a batch that moves so many experts; beyond what was tried, every further one takes the link's time."""
+        if not self.tried:
             return None
-        expert_s = self.block_bytes / self.link
-        if not self.in_place_waits:
-            return max(self.compute_s, self.predict_s, (moves - misses) * expert_s)
-        return max(self.compute_s + misses * expert_s, self.predict_s, moves * expert_s)
+        most, at_most = self.tried[-1]
+        beyond = max(0.0, moves - most) * (self.expert_s or 0.0)
+        xs, ys = (np.array(axis) for axis in zip(*self.tried, strict=True))
+        return max(self.predict_s, at_most + beyond if beyond else float(np.interp(moves, xs, ys)))
 
-    def is_link_bound(self, moves: int) -> bool:
-        """Whether the moves take longer than the computing."""
-        return bool(self.compute_s and self.link) and moves * self.block_bytes / (self.link or 1) > (self.compute_s or 0)
+    @property
+    def compute_s(self) -> float | None:
+        """Of a batch that moves as little as was tried."""
+        return self.tried[0][1] if self.tried else None
+
+    def is_link_bound(self, moves: float) -> bool:
+        """Whether a batch's moves take longer than its computing."""
+        return moves * (self.expert_s or 0.0) > (self.compute_s or 0.0) > 0
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One budget under one policy. `misses`: uses that find no slot filled and are read in place."""
+    """One budget under one policy.
+
+    Attributes:
+        moves, misses, hit_rate: of a run over the batches, slots empty at first; misses are read in place.
+        samples_per_second: when slots are full: as a run over many more such rows has it.
+    """
 
     budget: str
     slots: int
@@ -89,16 +112,19 @@ def expect(routed: Routed, budget: str, slots: int, policy: str, pace: Pace) -> 
     Args:
         policy: a name of store.eviction.POLICIES, or MIN.
     """
-    total = routed.count
+    total, batches = routed.count, len(routed.uses)
     if policy == MIN:
-        moves = fewest_moves([[(i, e) for e in layer] for batch in routed.uses for i, layer in enumerate(batch)], slots, rounds=1)
+        sequence = [[(i, e) for e in layer] for batch in routed.uses for i, layer in enumerate(batch)]
+        moves, warm = (fewest_moves(sequence, slots, rounds) for rounds in (1, 2))
+        hits = total - moves
         misses = 0 if slots else moves  # who knows all has every expert there in time, if there is a place for it
     else:
-        simulation = simulated(routed, slots, policy)
-        moves, misses = simulation.moves, simulation.misses
-    seconds = pace.seconds(moves, misses)
-    rate = None if seconds is None else routed.samples / seconds
-    hits = total - (moves if policy == MIN else misses)
+        moved = simulated(routed, slots, policy, rounds=2)
+        cold = Moves.of(moved[:batches])
+        moves, misses, hits = cold.moves, cold.misses, cold.hits
+        warm = Moves.of(moved[batches:]).moves
+    seconds = pace.seconds(warm / batches)
+    rate = None if seconds is None else routed.samples / batches / seconds
     return Expected(budget, slots, policy, moves, misses, hits / max(total, 1), rate)
 
 
@@ -115,9 +141,15 @@ def knee(curve: Sequence[tuple[int, int]]) -> int | None:
     return curve[deepest][0] if below[deepest] > 0.05 else None
 
 
-def simulated(routed: Routed, slots: int, policy: str) -> Moves:
-    """What a run moves whose copies never come late."""
+def simulated(routed: Routed, slots: int, policy: str, rounds: int = 1) -> list[Movement]:
+    """What a run moves whose copies never come late, batch by batch, when all batches come so many times."""
     window = Window(slots, routed.lookahead)
     window.saw(sum(p for batch in routed.predicted for layer in batch for _, p in layer) / len(routed.predicted))
-    layout = layout_of(routed.experts)
-    return Moves.of(simulate(layout, slots, policy, routed.uses, routed.predicted, window.lookahead))
+    uses, tables = [*routed.uses] * rounds, [*routed.predicted] * rounds
+    return simulate(layout_of(routed.experts), slots, policy, uses, tables, window.lookahead)
+
+
+def moves_when_warm(routed: Routed, slots: int, policy: str) -> float:
+    """Per batch, when all come for the second time: what a round of a trial (trial.py) moves."""
+    batches = len(routed.uses)
+    return Moves.of(simulated(routed, slots, policy, rounds=2)[batches:]).moves / batches

@@ -102,7 +102,7 @@ def footprint(config: Config) -> Footprint:
     device = choose_device(config.device)
     model, headers = describe(config.model, torch.device(device), only_headers=True)
     layout = model.placement.layout(headers)
-    directory = arena_directory(config.store, device)
+    directory = arena_directory(config.store)
     there = model.placement.arena_path(headers, directory).exists()
     host = available_memory()
     on_device = host if device == "cpu" else free_device_memory() or 0

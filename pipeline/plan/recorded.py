@@ -6,7 +6,7 @@ is known by the others. Where the weights are elsewhere the true tables stand in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,14 @@ class Recorded:
     tables: str
     predict_s: float
     """How long their making takes."""
+
+    def first(self, count: int) -> Recorded:
+        """Only so many batches, from the beginning on, as they follow each other."""
+        routed = self.routed
+        batches, share = self.batches[:count], min(1.0, count / len(self.batches))
+        rows = sum(len(batch.rows) for batch in batches)
+        sample = replace(routed, samples=rows, uses=routed.uses[:count], predicted=routed.predicted[:count])
+        return Recorded(batches, self.parts[:count], sample, self.tables, self.predict_s * share)
 
 
 def replay(config: Config, model: ModelSpec) -> Recorded:

@@ -1,7 +1,7 @@
 """What choosing an Executor by its experts saves: python -m pipeline.plan.several CONFIG.yaml [key.path=value ...]
 
 Every batch goes to one of 2 and of 4 Executors by pipeline/dispatch.py, with the true tables and with none. A batch takes as
-long as it has tokens. Of each Executor's batches those moves are counted that perfect foresight would need; and when the last one ends.
+long as it has tokens. Of each Executor's batches those moves are counted that perfect foresight would need; and when the last ends.
 """
 
 from __future__ import annotations

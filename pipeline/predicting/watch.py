@@ -1,4 +1,4 @@
-"""What exact routing tells beside the answers: whether the predictor has drifted, and a trace, if one is to be saved."""
+"""What batches tell beside the answers: whether the predictor has drifted, a trace, if one is to be saved, and a slower way."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ class Watch:
         self._first = self._batches if config.routing == "hash" else 0  # routers are asked in the second pass only
         self.drifted: str | None = None
         """What was said."""
+        self._is_staged = False
 
     def saw(self, result: BatchResult) -> None:
+        if not self._is_staged and result.stats.miss_path != "in_place":
+            self._is_staged = True
+            tqdm.write(f"experts come through a pinned ring, which is slower; {result.stats.miss_path}")
         if self._trace is not None and result.trace is not None:
             self._trace.add(result.batch, result.trace)
         if self._drift is not None and self.drifted is None:

@@ -47,7 +47,7 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
         "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
         "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
         "prediction": prediction_metrics(stats),
-        "graphs": dict(Counter(s.how for s in stats if s.how is not None).most_common()) or None,
+        "graphs": dict(_graphs(stats).most_common()) or None,
         "executor_restarts": _restarts(stats),
         "executors": [_executor_metrics(number, [s for s in stats if s.executor == number]) for number in numbers],
     } | generation_metrics(stats)
@@ -86,6 +86,24 @@ def resident_peak(stats: list[BatchStats]) -> int:
     """Bytes: the most that each Executor has had in slots, summed."""
     numbers = {s.executor for s in stats}
     return sum(max(s.resident_peak_bytes for s in stats if s.executor == number) for number in numbers)
+
+
+def miss_path(stats: list[BatchStats]) -> dict[str, Any]:
+    """How experts were reached that were in no slot; "staged" and why, if any batch of any sitting had to."""
+    for s in stats:
+        path, _, because = s.miss_path.partition(": ")
+        if because:
+            return {"miss_path": path, "staged_because": because}
+    return {"miss_path": "in_place", "staged_because": None}
+
+
+def _graphs(stats: list[BatchStats]) -> Counter[str]:
+    """How batches ran on a GPU, or, of those with several, their forwards."""
+    ways: Counter[str] = Counter()
+    for s in stats:
+        if s.how is not None:
+            ways.update(s.how if isinstance(s.how, dict) else [s.how])
+    return ways
 
 
 def generation_metrics(stats: list[BatchStats]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data import Batch, Encoded, Row
-from pipeline.inputs import Hear, Inputs, Result, encode_texts, encoder_decoder_logits, padded_inputs
+from pipeline.inputs import Inputs, Result, encode_texts, encoder_decoder_logits, padded_inputs
+from pipeline.tasks.writing import Steps
 
 
 def _quality(labels: tuple[str, ...], rows: list[Row], results: list[Result]) -> dict[str, float]:
@@ -42,7 +43,7 @@ def _results(batch: Batch, labels: tuple[str, ...], scores: torch.Tensor) -> lis
 class TextToTextClassify:
     """The label whose word's first token has the highest logit at the first decoder step (T5's way to classify)."""
 
-    one_forward = True
+    forwards = 1
     labels: tuple[str, ...]
     pad: int
     start: int
@@ -56,7 +57,7 @@ class TextToTextClassify:
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
         return padded_inputs(batch, self.pad, padded)
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
         logits = encoder_decoder_logits(model, inputs)
         return torch.stack([logits[:, 0, token] for token in self.first_tokens], dim=1)
 
@@ -71,7 +72,7 @@ class TextToTextClassify:
 class HeadClassify:
     """The highest output of a classification head on the encoder, as the paper classifies."""
 
-    one_forward = True
+    forwards = 1
     labels: tuple[str, ...]
     pad: int
 
@@ -82,7 +83,7 @@ class HeadClassify:
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
         return padded_inputs(batch, self.pad, padded)
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
 
     def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:

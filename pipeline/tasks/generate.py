@@ -1,7 +1,7 @@
 """Generation: a model goes on writing, or an encoder-decoder answers, row by row of a batch at once, until it stops.
 
-One call per batch. transformers' own `generate` steps through it, with its cache; only what an expert computes comes from slots.
-Every step's tokens are told to `hear`: for whoever streams them, and for the experts, which need not run for rows that are done.
+One call per batch. transformers' own `generate` prepares it, the loop is writing.py's; only what an expert computes comes from
+slots.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from pipeline.config import Config
 from pipeline.data import Batch, Encoded, Row
 from pipeline.errors import ConfigError
-from pipeline.inputs import Hear, Inputs, Result, check_context, encode_texts, padded_inputs
+from pipeline.inputs import Inputs, Result, check_context, encode_texts, padded_inputs
 from pipeline.tasks.sampling import Sampling
+from pipeline.tasks.writing import DONE, OwnSteps, Steps, Writing
 
 if TYPE_CHECKING:
     from pipeline.models import ModelSpec
-
-DONE = -1
-"""In outputs: after a row's last token."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,6 @@ class Generate:
         tokenizer: its directory.
     """
 
-    one_forward = False
     sampling: Sampling
     pad: int
     stop: tuple[int, ...]
@@ -52,6 +48,11 @@ class Generate:
     context: int | None
     tokenizer: Path
     seed: int
+
+    @property
+    def forwards(self) -> int:
+        """The prompt's, and one for each further token."""
+        return self.sampling.max_new_tokens
 
     @classmethod
     def of(cls, config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, pad: int, start: int) -> Generate:
@@ -97,16 +98,21 @@ class Generate:
         chance = hashlib.sha256(repr((self.seed, batch.rows.tolist())).encode()).digest()  # of the rows: a resumed run has the same
         return inputs | {"seed": torch.tensor(int.from_bytes(chance[:7], "little"))}
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
-        """int64 (batch, max_new_tokens), the stop token included, then `DONE`."""
-        given = {name: tensor for name, tensor in inputs.items() if name not in ("seed", "decoder_attention_mask")}
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
+        """int64 (batch, max_new_tokens), the stop token included, then `DONE`. On the host."""
+        return torch.from_numpy(self.write(model, inputs, steps).tokens)
+
+    def write(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None, forced: torch.Tensor | None = None) -> Writing:
+        """The same, and what else is known of it."""
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in inputs}
         rows, device = len(inputs["input_ids"]), inputs["input_ids"].device
-        ear = Ear(rows, self.stop, self.sampling.max_new_tokens, hear)
+        writing = Writing(rows, self.sampling.max_new_tokens, self.stop, steps or OwnSteps(), forced)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(int(inputs["seed"]))
+            if self.sampling.sample:
+                torch.manual_seed(int(inputs["seed"]))
             write: Any = model.generate
-            write(**given, generation_config=self.settings(), streamer=ear)
-        return torch.from_numpy(ear.tokens)
+            write(**given, generation_config=self.settings(), custom_generate=writing)
+        return writing
 
     def settings(self) -> GenerationConfig:
         """The same for transformers; whatever the model's own says besides is left out."""
@@ -140,32 +146,6 @@ class Generate:
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.tokenizer)
-
-
-class Ear(BaseStreamer):
-    """Hears every token that transformers' generate puts: keeps them, and passes them on.
-
-    Attributes:
-        tokens: int64 (batch, most), `DONE` behind each row's last.
-    """
-
-    def __init__(self, rows: int, stop: tuple[int, ...], most: int, hear: Hear | None):
-        self.tokens = np.full((rows, most), DONE, dtype=np.int64)
-        self._awake = np.ones(rows, dtype=bool)
-        self._stop, self._hear = stop, hear
-        self._step = -1  # the prompt comes first
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._step >= 0:
-            new = np.where(self._awake, value.reshape(-1).numpy(), DONE)
-            self.tokens[:, self._step] = new
-            self._awake &= ~np.isin(new, self._stop)
-            if self._hear is not None:
-                self._hear(new, self._awake.copy())
-        self._step += 1
-
-    def end(self) -> None:
-        pass
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, word: str, key: str) -> int:

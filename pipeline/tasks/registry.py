@@ -15,19 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config import Config
 from pipeline.data import Batch, Encoded, Row
 from pipeline.errors import ConfigError
-from pipeline.inputs import Hear, Inputs, Result
+from pipeline.inputs import Inputs, Result
 from pipeline.models import ModelSpec
 from pipeline.tasks.classify import HeadClassify, TextToTextClassify
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.score import Score, ScoreText
+from pipeline.tasks.writing import Steps
 
 
 class Task(Protocol):
     """What is asked of the model."""
 
     @property
-    def one_forward(self) -> bool:
-        """Whether a batch is one forward, which can be recorded and replayed; otherwise as many as it takes."""
+    def forwards(self) -> int:
+        """The most that a batch takes. One can be recorded and replayed; of more, each is a step of the task's own loop."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
         """Rows as token ids, and how many of them were cut to `max_tokens`."""
@@ -35,13 +36,13 @@ class Task(Protocol):
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
         """One batch for the model, on the CPU. `padded` says to how many tokens a longest row is padded."""
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
-        """What the results are made of, (batch, ...), on the model's device.
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
+        """What the results are made of, (batch, ...).
 
-        With `one_forward` no word between host and device in here.
+        With one forward on the model's device, and no word between host and device in here.
 
         Args:
-            hear: told of every new token, by tasks that make some.
+            steps: who runs the forwards of a task that takes several; None: the model itself.
         """
 
     def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data import Batch, Encoded, Row
 from pipeline.errors import DataError
-from pipeline.inputs import Hear, Inputs, Result, check_context, encode_texts, encoder_decoder_logits, padded_inputs
+from pipeline.inputs import Inputs, Result, check_context, encode_texts, encoder_decoder_logits, padded_inputs
+from pipeline.tasks.writing import Steps
 
 
 def _logprobs(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ def _perplexity(results: list[Result]) -> dict[str, float]:
 class Score:
     """The logarithm of the probability that an encoder-decoder gives a target, by teacher forcing."""
 
-    one_forward = True
+    forwards = 1
     pad: int
     start: int
 
@@ -67,7 +68,7 @@ class Score:
             row[: len(target)] = torch.from_numpy(target)
         return inputs | {"targets": targets}
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
         return _logprobs(encoder_decoder_logits(model, inputs), inputs["targets"], inputs["decoder_attention_mask"])
 
     def results(self, batch: Batch, outputs: torch.Tensor) -> list[Result]:
@@ -85,7 +86,7 @@ class ScoreText:
         context: the most tokens that the model can read; None: no limit.
     """
 
-    one_forward = True
+    forwards = 1
     pad: int
     context: int | None
 
@@ -101,7 +102,7 @@ class ScoreText:
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:
         return padded_inputs(batch, self.pad, padded)
 
-    def forward(self, model: PreTrainedModel, inputs: Inputs, hear: Hear | None = None) -> torch.Tensor:
+    def forward(self, model: PreTrainedModel, inputs: Inputs, steps: Steps | None = None) -> torch.Tensor:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return _logprobs(logits[:, :-1], ids[:, 1:], mask[:, 1:])

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from pipeline.data import Batch
 from pipeline.inputs import Result
-from pipeline.tasks.generate import DONE, Generate
+from pipeline.tasks.generate import Generate
+from pipeline.tasks.writing import DONE
 
 
 class Speaker:

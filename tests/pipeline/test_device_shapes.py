@@ -37,7 +37,7 @@ def assert_same(expert: Expert, parts: dict[str, torch.Tensor]) -> None:
     for e, views in enumerate(blocks):
         for name, view in views.items():
             view.copy_(parts[name][e])
-    shape = expert.shape(LayerLayout(block, experts, 0))
+    shape = expert.shape(LayerLayout(block, experts, 0, experts))
     assert (shape.experts, shape.d_model) == (experts, WIDTH)
 
     hidden, weights = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, 2)

@@ -20,7 +20,7 @@ from tests.pipeline.tiny_families import roughen
 class Logits:
     """The logits of all real decoder tokens (pipeline.tasks.registry.Task)."""
 
-    one_forward = True
+    forwards = 1
 
     def inputs(self, batch, padded):
         return padded_inputs(batch, 1, padded)

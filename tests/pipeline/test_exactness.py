@@ -243,7 +243,7 @@ class TestHashRouting:
         directory, _ = model
         with served(config(tmp_path, directory)) as (prepared, executor, predictor):
             asked = []
-            for name, module in executor._device._model.named_modules():
+            for name, module in executor._device.model.named_modules():
                 if name.endswith("router"):
                     module.register_forward_hook(lambda m, i, o: asked.append(1))
             batch = prepared.batches[0]

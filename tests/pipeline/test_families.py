@@ -42,7 +42,7 @@ STOP = 1
 class Logits:
     """A task that answers with all logits of real tokens, row after row (pipeline.tasks.registry.Task)."""
 
-    one_forward = True
+    forwards = 1
 
     def inputs(self, batch, padded):
         return padded_inputs(batch, 0, padded)

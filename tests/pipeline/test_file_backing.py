@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.batch_result import BatchResult
 from pipeline.config import StoreConfig, parse
-from pipeline.errors import ConfigError
 from pipeline.executor import Executor
 from pipeline.plan.footprint import footprint
+from pipeline.predicting.watch import Watch
 from pipeline.prepare import arena_directory, own_predictor, prepare
 from predictor.actor import timed
 from store.load import load
 from tests.conftest import SENTENCES, answers, config_data, save_switch, write_tsv
+from tests.pipeline.test_metrics import stats
 from tests.store.pages import cached, evict
 
 
@@ -65,13 +67,18 @@ def test_a_file_takes_no_ram_from_what_a_budget_may_have(config, monkeypatch):
     assert in_ram.free == 0
 
 
-def test_on_a_gpu_a_file_is_refused_and_the_missing_mode_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="file on a GPU needs the staged mode"):
-        arena_directory(StoreConfig(backing="file", directory=str(tmp_path)), "cuda:0")
+def test_a_run_says_once_that_experts_are_staged_and_why(config, tmp_path, capsys):
+    prepared = prepare(config[0])
+    watch = Watch(prepared, tmp_path, prepared.predictor_spec("identity"))
+    watch.saw(BatchResult(0, [], stats()))
+    assert capsys.readouterr().out == ""
+    for batch in (1, 2):
+        watch.saw(BatchResult(batch, [], stats(miss_path="staged: no such luck")))
+    assert capsys.readouterr().out == "experts come through a pinned ring, which is slower; staged: no such luck\n"
 
 
 def test_without_a_directory_a_file_goes_to_the_users_cache_and_ram_to_dev_shm(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    directory = arena_directory(StoreConfig(backing="file"), "cpu")
+    directory = arena_directory(StoreConfig(backing="file"))
     assert directory == tmp_path / "cache" / "sida-moe" / "arenas" and directory.is_dir()
-    assert arena_directory(StoreConfig(), "cpu") == Path("/dev/shm")
+    assert arena_directory(StoreConfig()) == Path("/dev/shm")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.batch_result import BatchResult, BatchStats
-from pipeline.reports.metrics import PACKAGES, batch_metrics, fidelity, stats_of, versions
+from pipeline.reports.metrics import PACKAGES, batch_metrics, fidelity, miss_path, stats_of, versions
 from predictor.accuracy import Accuracy
 
 MS = 1_000_000
@@ -52,6 +52,12 @@ def test_latencies_are_percentiles_of_the_batches():
     latencies = [1, 2, 3, 4, 100]
     metrics = batch_metrics([stats(start=0, end=ms * MS) for ms in latencies], 5, 1)
     assert metrics["latency_ms"] == pytest.approx({f"p{q}": np.percentile(latencies, q) for q in (50, 95, 99)}, abs=1e-3)
+
+
+def test_one_batch_that_had_its_experts_staged_is_enough_to_say_so_and_why():
+    assert miss_path([stats(), stats()]) == {"miss_path": "in_place", "staged_because": None}
+    later = [stats(), stats(miss_path="staged: no such luck: at all")]
+    assert miss_path(later) == {"miss_path": "staged", "staged_because": "no such luck: at all"}
 
 
 def test_how_batches_ran_on_a_gpu_is_counted_and_on_a_cpu_there_is_nothing_to_count():

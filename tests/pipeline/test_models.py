@@ -318,7 +318,7 @@ def test_building_a_model_makes_neither_experts_nor_copies_of_the_backbone(tmp_p
 def test_the_backbone_is_the_checkpoints(tmp_path, published):
     whole = SwitchTransformersForConditionalGeneration.from_pretrained(published).state_dict()
     with served(tmp_path, published) as (_, executor):
-        for name, tensor in executor._device._model.state_dict().items():
+        for name, tensor in executor._device.model.state_dict().items():
             assert torch.equal(tensor, whole[name]), name
 
 

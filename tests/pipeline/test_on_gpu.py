@@ -46,8 +46,10 @@ from store.actor import ExpertStore
 from store.arena import clean
 from store.lanes import CudaMark
 from store.schedule import WORTH_COPYING
-from tests.conftest import TOKENIZER, answers, config_data, save_switch, switch_config, write_tsv
+from tests.conftest import SENTENCES, TOKENIZER, answers, config_data, save_switch, switch_config, write_tsv
 from tests.pipeline.test_exactness import assert_equal_results
+from tests.pipeline.test_generate import save_decoder
+from tests.store.pages import evict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -239,7 +241,7 @@ def paths(monkeypatch) -> list[str]:
     """How each batch was run, in order: "eager", as one graph, "whole", or in "pieces": as many graphs as came to be replayed."""
     taken: list[str] = []
     replays = itertools.count()
-    start, replay = GPUWork.start, torch.cuda.CUDAGraph.replay
+    start, launch = GPUWork.start, cuda.launch
 
     def told(self):
         before = next(replays)
@@ -247,12 +249,12 @@ def paths(monkeypatch) -> list[str]:
         replayed = next(replays) - before - 1
         taken.append("eager" if replayed == 0 else "whole" if replayed == 1 else "pieces")
 
-    def counted(self):
+    def counted(graph, stream):
         next(replays)
-        replay(self)
+        launch(graph, stream)
 
     monkeypatch.setattr(GPUWork, "start", told)
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    monkeypatch.setattr(cuda, "launch", counted)
     return taken
 
 
@@ -586,6 +588,168 @@ def test_a_trace_says_what_a_cpu_says(case, name):
                     np.testing.assert_allclose(ours.weight, theirs.weight, atol=2e-3)
                 assert_equal_results(executor.execute(replace(batch, index=next(index)), None).results, expected)
         assert executor._device.eager_because == {"traced": 3 * len(case.batches), "first of its shape": len(case.batches)}
+
+
+# Without registered memory
+
+
+@pytest.fixture
+def unregistered(monkeypatch) -> None:
+    """CUDA refuses to register anything."""
+
+    def refuse(*arguments, **more) -> int:
+        raise cuda.CudaError("cuMemHostRegister_v2: CUDA_ERROR_NOT_SUPPORTED (801)")
+
+    monkeypatch.setattr(cuda, "register", refuse)
+
+
+def staged_budgets(case: Case) -> list[int]:
+    """Slots: none, one, few, some, all but one, all."""
+    return [0, 1, 3, case.experts * 37 // 100, case.experts - 1, case.experts]
+
+
+def assert_staged(
+    case: Case,
+    executor: Executor,
+    kind: str | None,
+    paths: list[str],
+    routing: str = "exact",
+    hashed: list[list[Result]] | None = None,
+) -> None:
+    """Every batch three times; nothing is read that is in no slot, and the host's entries of the table are null."""
+    device, count = executor._device, len(case.batches)
+    tables = case.tables(kind) if kind else [None] * count
+    assert device.miss_path.startswith("staged: ")
+    table = device.lanes._table
+    assert not any(table.host_address((layer, 0)) for layer in range(case.prepared.model.shape.layers))
+    slots = executor._spec.slots
+    for index in range(3 * count):
+        i = index % count
+        for ahead in range(index, min(index + 3, 3 * count)):
+            if kind:
+                executor.plan(ahead, tables[ahead % count], routing)
+        result = executor.execute(replace(case.batches[i], index=index), tables[i], routing)
+        assert_equal_results(result.results, (hashed or case.expected)[i])
+        if routing == "exact":
+            assert_counted(result, case.traces[i], case.prepared.model.shape.experts)
+        assert result.stats.resident_peak_bytes <= slots * case.prepared.layout.slot_bytes
+        if slots:
+            assert sum(result.stats.misses) == result.stats.read_in_place_bytes == 0
+        else:
+            assert sum(result.stats.hits) == result.stats.demand_bytes == 0
+        assert result.stats.miss_path == device.miss_path
+    assert device.eager_because == {"first of its shape": count}
+    assert paths[:count] == ["eager"] * count
+    assert set(paths[count:]) <= ({"pieces"} if slots < case.experts else {"pieces", "whole"})
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("lookahead", "half wrong"), ("fifo", "wrong"), ("lru", "random"), ("fifo", None)])
+@pytest.mark.parametrize("budget", range(6))
+def test_staged_equals_the_whole_model_for_every_budget(case, paths, unregistered, budget, policy, kind):
+    case = case("text")
+    with case.executor(staged_budgets(case)[budget], policy) as executor:
+        assert executor._device.engine.slots.memory.device.type == ("cuda" if budget else "cpu")
+        assert_staged(case, executor, kind, paths)
+
+
+@pytest.mark.parametrize(("name", "policy", "budget"), [("score", "lru", 2), ("head", "priority", 3), ("large", "lookahead", 3)])
+def test_staged_equals_the_whole_model_for_every_task_and_policy(case, paths, unregistered, name, policy, budget):
+    case = case(name)
+    with case.executor(staged_budgets(case)[budget], policy) as executor:
+        assert_staged(case, executor, "half wrong", paths)
+
+
+def test_staged_nothing_is_read_that_was_not_written(case, paths, unregistered):
+    case = case("large")
+    expected, tables = case.expected, case.tables("random")
+    with case.executor(case.slots(10), "lru") as executor:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for index in range(3 * len(case.batches)):
+            i = index % len(case.batches)
+            result = executor.execute(replace(case.batches[i], index=index), tables[i])
+            assert np.isfinite([row["scores"] for row in result.results]).all()
+            assert_equal_results(result.results, expected[i])
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_staged_hash_routing_answers_as_on_a_cpu(case, paths, unregistered, budget):
+    case = case("text")
+    with case.on_cpu() as other:
+        expected = [
+            other.execute(batch, table, "hash").results for batch, table in zip(case.batches, case.tables("oracle"), strict=True)
+        ]
+    with case.executor(staged_budgets(case)[budget], "lookahead") as executor:
+        assert_staged(case, executor, "oracle", paths, "hash", expected)
+
+
+@pytest.mark.parametrize(("slots", "graphs"), [(1, True), (3, True), (3, False), (8, True)])
+def test_staged_experts_are_evicted_while_layers_compute_and_every_batch_is_exact(case, unregistered, slots, graphs):
+    case = case("text")
+    batches = make_some(case.prepared.task, [1, 4, 8] * 4, longest=24, seed=5)
+    expected, traces, shape = case.answers(batches), case.trace(batches), case.prepared.model.shape
+    oracle = Oracle(join(traces), shape, shape.top_k)
+    tables = [timed(Worsened(oracle, shape, 0.5, 0), batch.tokens) for batch in batches]
+    with case.executor(slots, "lookahead") as executor:
+        if not graphs:
+            executor._device._graphs = NoGraphs()
+        roughen(executor)
+        for index in range(100):
+            for ahead in range(index, index + 4):
+                executor.plan(ahead, tables[ahead % len(tables)])
+            i = index % len(batches)
+            result = executor.execute(replace(batches[i], index=index), tables[i])
+            assert_equal_results(result.results, expected[i])
+            assert sum(result.stats.misses) == 0
+
+
+def test_an_arena_on_a_disk_is_not_registered_and_answers_are_exact(tmp_path, paths, monkeypatch):
+    """tmp_path is RAM on some machines; then pages do not have to be read again, and all else is the same."""
+
+    def never(*arguments, **more) -> int:
+        raise AssertionError("registering a file would pin all of it")
+
+    place = tmp_path / "arenas"
+    place.mkdir()
+    made, store = make_case("large", tmp_path / "case", place)
+    monkeypatch.setattr(cuda, "register", never)
+    spec, tables, count = replace(made.spec(made.slots(20), "lookahead"), read_ahead=True), made.tables("half wrong"), 3
+    with poisoned():
+        executor = Executor(spec)
+    try:
+        assert executor._device.miss_path == "staged: store.backing is file, and registering it would pin all of it"
+        for index in range(4 * count):
+            if index % count == 0:
+                evict(executor._arena)
+            for ahead in range(index, index + 3):
+                executor.plan(ahead, tables[ahead % count])
+            result = executor.execute(replace(made.batches[index % count], index=index), tables[index % count])
+            assert_equal_results(result.results, made.expected[index % count])
+            assert sum(result.stats.misses) == 0
+    finally:
+        executor.close()
+    assert store.close(keep=False)
+
+
+def test_staged_text_is_written_as_the_whole_model_writes_it(tmp_path, shm, unregistered):
+    whole = save_decoder(tmp_path / "model").to(DEVICE)
+    rows = tmp_path / "rows.txt"
+    rows.write_text("".join(f"{sentence}\n" for sentence in SENTENCES))
+    data = config_data(tmp_path / "model", rows, shm, tmp_path / "out", device=DEVICE.type, task="generate", batch={"size": 3})
+    data |= {"data": {"path": str(rows)}, "generate": {"max_new_tokens": 8}}
+    del data["labels"]
+    prepared = prepare(parse(data, "test"))
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
+    store.open()
+    for slots in (0, 1, 5):
+        executor = Executor(replace(prepared.executor_spec(), slots=slots))
+        try:
+            for batch in prepared.batches:
+                ours, theirs = executor.execute(batch, None).results, answers(prepared.task, whole, batch)
+                assert [row["token_ids"] for row in ours] == [row["token_ids"] for row in theirs]
+        finally:
+            executor.close()
+    assert store.close(keep=False)
 
 
 # Memory

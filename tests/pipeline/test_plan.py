@@ -33,6 +33,7 @@ from predictor.baselines import Random
 from store.checkpoint import DTYPES, Checkpoint
 from store.errors import SpaceError
 from store.load import load
+from store.simulator import Moves
 from tests.conftest import SENTENCES, config_data, save_switch, write_tsv
 
 GIB = 2**30
@@ -153,8 +154,8 @@ def test_expected_moves_are_those_of_a_run(make, trace, policy):
     config = make(plan={"trace": trace}, predictor={"kind": "random", "top_k": 2, "lookahead": 3})
     prepared = prepare(config)
     replayed = replay(config, prepared.model)
-    expected = simulated(replayed.routed, prepared.slots, policy)
-    assert 0 < expected.misses < replayed.routed.count
+    expected = Moves.of(simulated(replayed.routed, prepared.slots, policy))
+    assert 0 < expected.moves < expected.uses == replayed.routed.count
     load(prepared.arena, prepared.weights, prepared.model.placement).close()
     executor = Executor(replace(prepared.executor_spec(background=False), policy=policy))
     tables = Random(prepared.model.shape, 2, config.seed)
@@ -209,15 +210,14 @@ def test_a_budget_that_is_none_is_refused_by_its_key(make):
         plan(make(plan={"budgets": ["much"]}))
 
 
-def test_time_is_the_slowest_of_computing_predicting_and_the_link():
-    gpu = Pace(compute_s=1.0, predict_s=0.5, link=1000.0, block_bytes=10, in_place_waits=True)
-    assert gpu.seconds(moves=10, misses=0) == 1.0
-    assert gpu.seconds(moves=60, misses=50) == 1.5, "a kernel that reads in place waits"
-    assert gpu.seconds(moves=500, misses=10) == 5.0 and gpu.is_link_bound(500)
-    cpu = replace(gpu, in_place_waits=False)
-    assert cpu.seconds(moves=60, misses=50) == 1.0 and cpu.seconds(moves=500, misses=100) == 4.0
-    assert replace(gpu, predict_s=3.0).seconds(10, 0) == 3.0
-    assert replace(gpu, link=None).seconds(10, 0) is None
+def test_time_is_what_was_tried_and_a_straight_line_between():
+    pace = Pace.of([(40, 4.0), (0, 1.0), (20, 2.0), (20, 3.0), (20, 1.9)], predict_s=1.5, expert_s=0.1)
+    assert pace.seconds(20) == 2.0, "the one in the middle of those that move alike"
+    assert pace.seconds(30) == 3.0
+    assert pace.seconds(0) == 1.5, "tables come no faster"
+    assert pace.seconds(50) == pytest.approx(5.0), "what is beyond all that was tried takes the link's time"
+    assert pace.compute_s == 1.0 and pace.is_link_bound(11) and not pace.is_link_bound(9)
+    assert Pace.of([], 0.5, None).seconds(10) is None
 
 
 def test_the_knee_is_where_a_curve_bends():
@@ -230,10 +230,11 @@ def test_the_knee_is_where_a_curve_bends():
 def test_the_bound_knows_the_future_and_nobody_moves_less():
     uses = [[[b % 3]] for b in range(30)]
     routed = Routed(30, (3,), uses, [[[(b % 3, 1.0)]] for b in range(30)])
-    pace = Pace(1.0, 0.0, 1.0, 1, False)
+    pace = Pace.of([(0, 1.0), (1, 2.0)], 0.0, 1.0)
     assert expect(routed, "2", 2, MIN, pace).moves == 12  # two are kept, the third is moved each of its 10 times
     assert expect(routed, "3", 3, MIN, pace).moves == 3
     assert expect(routed, "2", 2, "lookahead", pace).moves >= 12
+    assert expect(routed, "3", 3, MIN, pace).samples_per_second == 1.0, "when they come again nothing moves"
 
 
 def test_the_table_says_what_does_not_fit_now():

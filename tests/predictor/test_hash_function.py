@@ -131,7 +131,7 @@ def test_tokens_of_a_table_are_in_the_order_of_the_batchs_flat_tokens(predictor)
 
 def test_the_embedding_of_the_padding_id_never_counts(predictor):
     tokens = ragged(np.random.default_rng(7), rows=5, vocab=VOCAB, streams=2)
-    poisoned = predictor._embedding.clone()
+    poisoned = predictor.embedding.clone()
     poisoned[0] = 1e4
     other = LSTMPredictor(predictor.network, BOTH, poisoned, Width(3)).predict(tokens)
     for mine, theirs in zip(predictor.predict(tokens).probability, other.probability, strict=True):
@@ -153,7 +153,7 @@ def test_what_the_decoder_reads_changes_nothing_for_the_encoder_nor_for_what_sta
 
 def test_probabilities_are_the_softmax_of_the_heads_and_scaling_factors_lie_between_0_and_1(predictor):
     tokens = ragged(np.random.default_rng(9), rows=3, vocab=VOCAB, streams=2)
-    everything = LSTMPredictor(predictor.network, BOTH, predictor._embedding, Width(8)).predict(tokens)
+    everything = LSTMPredictor(predictor.network, BOTH, predictor.embedding, Width(8)).predict(tokens)
     for p, scaling in zip(everything.probability, everything.scaling, strict=True):
         np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
         assert ((scaling.sum(axis=1) > 0) & (scaling.sum(axis=1) < 1)).all()
@@ -161,7 +161,7 @@ def test_probabilities_are_the_softmax_of_the_heads_and_scaling_factors_lie_betw
 
 def test_embeddings_of_half_precision_give_the_same_choice(predictor):
     tokens = ragged(np.random.default_rng(10), rows=3, vocab=VOCAB, streams=2)
-    rounded = predictor._embedding.bfloat16()
+    rounded = predictor.embedding.bfloat16()
     half = LSTMPredictor(predictor.network, BOTH, rounded, Width(3)).predict(tokens)
     same = LSTMPredictor(predictor.network, BOTH, rounded.float(), Width(3)).predict(tokens)
     for a, b in zip(half.experts, same.experts, strict=True):

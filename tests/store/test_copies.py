@@ -21,8 +21,8 @@ import torch
 from store.arena import Arena, build
 from store.copies import CopyEngine
 from store.eviction import FIFO, LRU, POLICIES, LookAhead
+from store.just_in_time import SURE
 from store.layout import ArenaLayout, Key
-from store.schedule import WORTH_COPYING
 from store.slots import Slots
 
 PATIENCE_S = 30
@@ -51,7 +51,11 @@ def sure(*layers: Sequence[int]) -> Uses:
 
 
 class Watched:
-    """An arena of which every block that the engine copies is recorded, and may be slow or broken."""
+    """An arena whose blocks may be slow or broken.
+
+    Attributes:
+        copied: what an engine has copied ahead (`watch`); a miss that stays is not among it.
+    """
 
     def __init__(self, arena: Arena, before: Callable[[Key], None] = lambda key: None):
         self.layout, self._arena, self._before = arena.layout, arena, before
@@ -59,8 +63,18 @@ class Watched:
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         self._before((layer, expert))
-        self.copied.append((layer, expert))
         return self._arena.block(layer, expert)
+
+
+def watch(engine: CopyEngine) -> CopyEngine:
+    copy = engine._copy
+
+    def recorded(key: Key, slot: torch.Tensor) -> None:
+        engine._arena.copied.append(key)
+        copy(key, slot)
+
+    engine._copy = recorded
+    return engine
 
 
 @pytest.fixture
@@ -69,7 +83,7 @@ def make(arena: Arena) -> Iterator[Callable[..., CopyEngine]]:
     engines = []
 
     def made(count: int, policy=FIFO, background: bool = False, before: Callable[[Key], None] = lambda key: None) -> CopyEngine:
-        engines.append(CopyEngine(Watched(arena, before), Slots(arena, count, CPU), policy(), background))
+        engines.append(watch(CopyEngine(Watched(arena, before), Slots(arena, count, CPU), policy(), background)))
         return engines[-1]
 
     yield made
@@ -96,7 +110,7 @@ def read(engine: CopyEngine, batch: int, layer: int, *experts: int) -> None:
 
 def test_planned_experts_are_copied_in_the_order_of_layers_and_likelihood(make):
     engine = make(10)
-    engine.plan(0, [[(D, 0.9), (A, 0.8)], [(C, 1.0), (B, 0.6)]])
+    engine.plan(0, [[(D, 0.98), (A, 0.95)], [(C, 1.0), (B, 0.91)]])
     engine.plan(1, sure([B, A], []))
     assert copied(engine) == [(0, D), (0, A), (1, C), (1, B), (0, B)]
     assert engine.take().prefetch_bytes == 5 * BLOCK
@@ -112,7 +126,46 @@ def test_what_was_predicted_is_a_hit_and_what_was_not_is_read_in_place(make):
     assert (moved.hits, moved.misses) == ([2, 0], [1, 1])
     assert moved.read_in_place_bytes == 2 * BLOCK
     assert (moved.prefetch_bytes, moved.demand_bytes) == (0, 0)
-    assert copied(engine) == [(0, A), (0, B), (1, C)]  # a miss brings nobody in
+    assert copied(engine) == [(0, A), (0, B), (1, C)]
+
+
+def test_a_miss_stays_if_there_is_room_or_somebody_who_is_not_wanted_sooner(make):
+    """It moves anyway: it is one move, and none when it comes again."""
+    engine = make(2, LookAhead)
+    read(engine, 0, 0, A)
+    read(engine, 1, 0, A, B)
+    moved = engine.take()
+    assert (moved.hits[0], moved.misses[0], moved.read_in_place_bytes) == (1, 2, 2 * BLOCK)
+    assert (moved.prefetch_bytes, copied(engine)) == (0, [])
+    engine.plan(4, sure([B], []))
+    read(engine, 2, 0, C)  # in the place of A, whom nobody wants
+    assert resident(engine, (0, A), (0, B), (0, C)) == [False, True, True]
+    engine.plan(5, sure([C], []))
+    read(engine, 3, 0, D)  # both are wanted, and D is not
+    assert resident(engine, (0, B), (0, C), (0, D)) == [True, True, False]
+    engine.plan(6, sure([D], []))
+    read(engine, 3, 0, D)  # D is, but last
+    assert resident(engine, (0, B), (0, C), (0, D)) == [True, True, False]
+
+
+def test_a_miss_that_stays_takes_no_slot_that_is_being_read(make):
+    engine = make(2)
+    read(engine, 0, 0, A, B, C)
+    assert resident(engine, (0, A), (0, B), (0, C)) == [True, True, False]
+    moved = engine.take()
+    assert (moved.misses[0], moved.read_in_place_bytes) == (3, 3 * BLOCK)
+
+
+def test_on_the_word_of_a_predictor_that_guesses_nothing_is_copied_any_more(make):
+    engine = make(2)
+    for batch in range(30):
+        engine.plan(batch, sure([A], []))
+        read(engine, batch, 0, B, C)
+        engine.finish(batch)
+    assert 1 <= len(copied(engine)) < 15
+    before = len(copied(engine))
+    engine.plan(30, sure([A], []))
+    assert len(copied(engine)) == before
 
 
 def test_what_moved_is_told_once(make):
@@ -122,7 +175,7 @@ def test_what_moved_is_told_once(make):
     first, second = engine.take(), engine.take()
     assert (first.prefetch_bytes, first.read_in_place_bytes, first.hits, first.misses) == (BLOCK, BLOCK, [1, 0], [1, 0])
     assert (second.prefetch_bytes, second.read_in_place_bytes, second.hits, second.misses) == (0, 0, [0, 0], [0, 0])
-    assert sum(experts for _, _, experts in first.copy_spans) == 1
+    assert sum(experts for _, _, experts in first.copy_spans) == 1, "a miss that stays is no copy ahead"
     assert second.copy_spans == []
 
 
@@ -172,7 +225,7 @@ def test_blocks_of_different_sizes_are_counted_by_their_own(arena_dir):
     moved = engine.take()
     assert moved.prefetch_bytes == 256 + 1024
     assert moved.read_in_place_bytes == 256 + 2 * 1024
-    assert engine.slots.resident_peak_bytes == 256 + 1024
+    assert engine.slots.resident_peak_bytes == 1024 + 1024, "one of the last layer's misses has stayed beside B"
 
 
 def test_without_slots_everything_is_read_in_place_and_nothing_piles_up(make):
@@ -290,9 +343,7 @@ def test_who_is_there_already_is_not_copied_again(make):
     assert not any(engine._next_uses.values())
 
 
-@pytest.mark.parametrize(
-    ("probability", "worth"), [(1.0, True), (WORTH_COPYING, True), (WORTH_COPYING - 0.01, False), (0.0, False)]
-)
+@pytest.mark.parametrize(("probability", "worth"), [(1.0, True), (SURE, True), (SURE - 0.01, False), (0.0, False)])
 def test_only_what_is_likely_enough_needed_is_copied(make, probability, worth):
     engine = make(10)
     engine.plan(0, [[(A, 1.0), (B, probability)], [(C, probability)]])
@@ -603,7 +654,7 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
     slots.memory.fill_(0xEE)
     with monkeypatch.context() as patched:
         patched.setattr(threading, "Condition", LateToWake)
-        engine = CopyEngine(watched, slots, LRU())
+        engine = watch(CopyEngine(watched, slots, LRU()))
     asked: list[int] = []
     done = threading.Event()
 
@@ -653,7 +704,8 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
     assert moved.read_in_place_bytes == sum(moved.misses) * nbytes
     assert moved.prefetch_bytes == len(watched.copied) * nbytes
     assert slots.resident_peak_bytes <= count * nbytes
-    assert (sum(moved.hits) > 0) == (len(watched.copied) > 0) == (count > 0)
+    assert (sum(moved.hits) > 0) == (count > 0)
+    assert len(watched.copied) > 0 or count in (0, layers * experts), "where there is room for all, misses may have been first"
     for key in slots._slot_of:
         assert torch.equal(slots._slots[slots._slot_of[key]], truth[key])
 
@@ -790,9 +842,10 @@ def test_after_close_experts_can_still_be_read(make):
     until(lambda: engine.slots.is_ready((0, A)))
     engine.close()
     engine.plan(1, sure([B], []))
-    in_threads(lambda: read(engine, 0, 0, A, B), lambda: read(engine, 1, 0, A, B))
+    in_threads(lambda: read(engine, 0, 0, A, B))
+    in_threads(lambda: read(engine, 1, 0, A, B))
     moved = engine.take()
-    assert (moved.hits, moved.misses) == ([2, 0], [2, 0])
+    assert (moved.hits, moved.misses) == ([3, 0], [1, 0])
 
 
 @pytest.mark.parametrize("policy", [FIFO, LookAhead])

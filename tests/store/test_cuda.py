@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store import cuda
+from store import cuda, ring
 from store.arena import Arena, build
 from store.device_copies import DeviceCopyEngine
 from store.eviction import POLICIES
@@ -306,6 +306,31 @@ def test_a_filled_slot_is_pointed_to_and_a_withdrawn_expert_is_read_in_place(are
         compute.synchronize()
         assert int(table.entries[key]) == table.host_address(key)
     assert (slots.memory[: arena.layout.slot_bytes] == 255).all(), "the other slot was not asked for"
+
+
+@pytest.mark.parametrize("device", [DEVICE, None])
+def test_what_is_not_registered_comes_in_chunks_through_a_ring_and_is_nowhere_before_and_after(arena, monkeypatch, device):
+    """Slots on the device, or in pinned host memory."""
+    monkeypatch.setattr(ring, "CHUNK_BYTES", 192 * 1024 + 256)
+    slots, compute = Slots(arena, 2, device), torch.cuda.Stream(DEVICE)
+    table = PointerTable(arena, None, DEVICE)
+    lanes = ring.CudaRingLanes(arena, slots, table, compute)
+    assert not table.entries.any()
+    keys = [(0, 5), (1, 3), (0, 0), (1, 1), (0, 2), (1, 0)]
+    for turn, key in enumerate(keys):
+        block, slot = arena.block(*key), turn % 2
+        with torch.cuda.stream(compute):
+            torch.cuda._sleep(SLEEP // 8)
+        if turn >= 2:
+            lanes.withdraw(keys[turn - 2])
+        mark = lanes.fill(key, slot)
+        assert not mark.is_reached()
+        mark.wait()
+        begin, end = mark.span()
+        assert begin <= end
+        assert int(table.entries[key]) == slots.address(slot)
+        assert torch.equal(read_in_place(slots.address(slot), block.numel()), block)
+        assert turn < 2 or int(table.entries[keys[turn - 2]]) == 0
 
 
 def test_a_slot_is_not_filled_again_before_the_kernels_that_read_it_are_through(arena):

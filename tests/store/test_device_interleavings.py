@@ -225,13 +225,16 @@ class World:
 
     def moves(self) -> list[str]:
         able = [lane for lane in self.lanes.queues if self.lanes.can_step(lane)]
-        if self.engine._under_way[0][1].on(self.lanes).is_reached() if self.landing else not self.asleep:
+        if self._copier_may_land() if self.landing else not self.asleep:
             able.append("copier")
         if self.at < len(self.case.executor) and self._executor_may(*self.case.executor[self.at]):
             able.append("executor")
         if self.other_at < len(self.case.other):
             able.append("other")
         return able
+
+    def _copier_may_land(self) -> bool:
+        return self.engine._under_way[0][1].on(self.lanes).is_reached()
 
     def move(self, who: str) -> None:
         if who in self.lanes.queues:

@@ -1,0 +1,69 @@
+"""How far what tables say comes true: their probabilities are scaled down where forwards have shown them too sure.
+
+A predictor says of every use how likely it is. Routers then tell, for nothing. What was expected and what came are added up per MoE
+layer and degree of sureness, the newest counting most; their quotient is what such a word is worth. So tables that are right lose
+nothing, and soon nothing is done on the word of one that guesses.
+
+Knows experts as numbers and nothing of what is done about them. Never makes a table surer than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+DEGREES = 20
+"""Of sureness: what is said with 0.97 is judged apart from what is said with 0.6."""
+DOUBT = 8.0
+"""Uses, for each degree, that a predictor is believed to have foretold rightly before it has said anything."""
+MEMORY = 512.0
+"""Uses: when so many were expected of a degree, all that was seen so far counts half."""
+TELLING = 1.5
+"""How many times the odds of any expert of the layer those of a named one must be, for its name to say something."""
+RECENT = 0.05
+"""What one batch counts for in the share of a layer's experts that batches use."""
+
+
+class Trust:
+    """Of one predictor, in one run.
+
+    Attributes:
+        least: probability of use from which on a name counts, if the expert is likelier than any.
+        sure: the same, whatever the others are.
+    """
+
+    def __init__(self, experts: Sequence[int], least: float, sure: float):
+        self.least, self.sure = least, sure
+        self._experts = experts
+        self._expected = [[0.0] * (DEGREES + 1) for _ in experts]
+        self._came = [[0.0] * (DEGREES + 1) for _ in experts]
+        self._usual = [0.0] * len(experts)  # the share of a layer's experts that a batch uses
+
+    def worth(self, layer: int, said: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+        """(expert, probability) of those whose use is to be reckoned with, the probability as far as experience bears it out."""
+        usual = self._usual[layer]
+        odds = TELLING * usual
+        least = min(self.sure, max(self.least, odds / (1 - usual + odds)))
+        share = [min(1.0, (DOUBT + came) / (DOUBT + n)) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
+        if min(share) == 1:  # most predictors that are asked often, most of the time
+            return [(expert, p) for expert, p in said if p >= least]
+        scaled = ((expert, p * share[int(p * DEGREES)]) for expert, p in said if p >= least)
+        return [(expert, p) for expert, p in scaled if p >= least]
+
+    def learn(self, layer: int, said: Sequence[tuple[int, float]], used: AbstractSet[int]) -> None:
+        """
+        Args:
+            said: of one MoE layer of one batch.
+            used: the experts that it then read.
+        """
+        expected, came = self._expected[layer], self._came[layer]
+        for expert, p in said:
+            if p >= self.least:
+                degree = int(p * DEGREES)
+                expected[degree] += p
+                came[degree] += expert in used
+        for degree, total in enumerate(expected):
+            if total > MEMORY:
+                expected[degree] /= 2
+                came[degree] /= 2
+        self._usual[layer] += RECENT * (len(used) / self._experts[layer] - self._usual[layer])
