@@ -57,13 +57,13 @@ class Lane:
 
     Attributes:
         under_way: what it has been sent and has not answered, in that order.
-        number, pid: of the Executor and of its process, once it has answered.
+        number, pids: of the Executor and of its processes, once they have answered.
     """
 
     def __init__(self, executor: Any, slots: int, lookahead: int | Literal["auto"], clock: Callable[[], float] = time.perf_counter):
         self.executor = executor
         self.number: int | None = None
-        self.pid: int | None = None
+        self.pids: set[int] = set()
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock
