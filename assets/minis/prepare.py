@@ -1,8 +1,8 @@
 """What the GPU is given: a tokenizer and one packed file of token ids. `python -m assets.minis.prepare DATA OUT`, minutes on a CPU.
 
 DATA holds the folders that `texts.py` names. The tokenizer is a WordPiece of 8,192 pieces in lower case that splits a text as SST-2
-is split ("do n't"), so that both spellings give the same pieces; it is made of the texts trained on. OUT also gets the windows of
-held-out text as .jsonl, source and target, for `task: score`.
+is split ("do n't"), so that both spellings give the same pieces; it is made of the texts trained on. OUT also gets what the
+tables of docs/paper.md are measured on: labelled rows as .tsv, and windows of held-out text as .jsonl, source and target.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SPECIAL = ["<pad>", "</s>", "<unk>"]
 NOISE, SPAN = 0.15, 3
 """Of the words of a window, how many are left out, and in a row on average: T5's."""
 WINDOW = 512
+MOST_ROWS = 5000
 REPLACED = {"-lrb-": "(", "-rrb-": ")", "``": '"', "''": '"', "’": "'", " @-@ ": "-", " @ - @ ": "-", " @,@ ": ",", " @.@ ": "."}
 
 
@@ -67,6 +68,14 @@ def packed(tokenizer: PreTrainedTokenizerFast, name: str, examples: list[Example
         f"{name}.label": np.array([example.label for example in examples], dtype=np.uint8),
         f"{name}.positive": np.array([example.positive for example in examples], dtype=np.float32),
     }
+
+
+def write_rows(path: Path, examples: list[Example]) -> None:
+    """The first so many rows for tracing and judging: text, pair where there is one, label."""
+    columns = ["text", "label"] if examples[0].pair is None else ["text", "pair", "label"]
+    lines = ["\t".join(columns)]
+    lines += ["\t".join(str(getattr(example, column)) for column in columns) for example in examples[:MOST_ROWS]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, text: str, seed: int) -> Iterator[dict[str, str]]:
@@ -113,11 +122,14 @@ def main(data: Path, out: Path) -> None:
     arrays = packed(tokenizer, "sst2.train", training)
     sentences = [example.text for example in texts.movie(data / "sst2_like_movie" / "all_scored.tsv")]
     arrays["sst2.train.teacher"] = teacher.judged(training, sentences).astype(np.float16)
-    arrays |= packed(tokenizer, "sst2.dev", judged["sst2"]) | packed(tokenizer, "movie.dev", judged["movie"])
-    for name, part in (("train", "train"), ("dev", "test")):
-        arrays |= packed(tokenizer, f"mrpc.{name}", texts.mrpc(data, part))
-    for name, part in (("train", "train"), ("dev", "val")):
-        arrays |= packed(tokenizer, f"multirc.{name}", texts.multirc(data, part))
+    arrays |= packed(tokenizer, "movie.dev", judged["movie"])
+    parts = {"sst2.dev": judged["sst2"]}
+    parts |= {f"mrpc.{name}": texts.mrpc(data, part) for name, part in (("train", "train"), ("dev", "test"))}
+    parts |= {f"multirc.{name}": texts.multirc(data, part) for name, part in (("train", "train"), ("dev", "val"))}
+    for name, examples in parts.items():
+        arrays |= packed(tokenizer, name, examples)
+    for name, examples in (parts | {"sst2.train": texts.sst2(data, "train")}).items():
+        write_rows(out / f"{name.replace('.', '-')}.tsv", examples)
     wikitext = (data / "paper" / "wikitext2" / "test.txt").read_text()
     for name, text in (("wikitext2", wikitext), ("wikipedia", "\n".join(held_out))):
         made = list(windows(tokenizer, text, seed=0))

@@ -145,7 +145,7 @@ def train(
         data = {name: file[name] for name in file.files}
     tokenizer = data_dir / "tokenizer"
     shape = Shape(experts, vocab_size=len(data["goes_on"]), **settings["shapes"][experts])
-    model = Switch(shape, capacity=settings["capacity"]).to(device)
+    model = Switch(shape, capacity=settings["capacity"]).to(device).eval()
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     say(f"{experts} experts, {sum(p.numel() for p in model.parameters()):,} parameters, {name}, torch {torch.__version__}")

@@ -87,6 +87,7 @@ class OnGPU:
 
             self.model = build(spec.model, arena, experts, device)
         self.asks = spec.demand or host is None
+        """What a router has named has to come into a slot, before its experts run."""
         policy = POLICIES[spec.policy]()
         self.lanes: CudaLanes
         self.engine: DeviceCopyEngine
