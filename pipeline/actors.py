@@ -59,11 +59,15 @@ def start_store(path: Path, source: Source, placement: Placement, node: str | No
     return start_actor(ExpertStore, path, source, placement, node is not None, node=node, max_concurrency=8)
 
 
-def stepping(spec: ExecutorSpec, predictor: PredictorSpec) -> ExecutorSpec:
-    """With the predictor, in the Executor's process, if the task writes and it says something before every step."""
+def with_predictor(spec: ExecutorSpec, predictor: PredictorSpec, here: bool) -> ExecutorSpec:
+    """What an Executor is made of, with the predictors that are to be in its own process.
+
+    Args:
+        here: all of it: nobody sends tables.
+    """
     if spec.task.forwards > 1 and predictor.kind in STEPPING:
-        return replace(spec, stepping=replace(predictor, device="cpu"))
-    return spec
+        spec = replace(spec, stepping=replace(predictor, device="cpu"))
+    return replace(spec, predictor=predictor if here else None)
 
 
 def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str | None = None) -> list[Any]:
@@ -121,8 +125,7 @@ class Actors:
         asked = None
         if not here:
             asked = start_actor(Predictor, predictor, ArenaModel(spec.model, arena.path), threads, **own)
-        spec = stepping(replace(spec, predictor=predictor if here else None), predictor)
-        return cls(asked, start_executors(spec, executors))
+        return cls(asked, start_executors(with_predictor(spec, predictor, here), executors))
 
     def ready(self) -> None:
         """Waits until all can work.

@@ -18,6 +18,9 @@ from store.schedule import WORTH_COPYING
 
 IMBALANCE = 2
 """An Executor may be ahead of the least busy one by the work of so many batches, for the sake of the experts that it holds."""
+PRICE = 0.05
+"""Each batch's work that it is ahead must be made up for by so large a share of the table's experts: at the end of a run all wait
+for the one that ends last. `python -m pipeline.plan.several` weighs both."""
 MAX_WAITING = MAX_LOOKAHEAD + 1 + IMBALANCE
 """The most batches that an Executor is ever sent before it has answered."""
 LATEST = 0.3
@@ -54,13 +57,13 @@ class Lane:
 
     Attributes:
         under_way: what it has been sent and has not answered, in that order.
-        number, pid: of the Executor and of its process, once it has answered.
+        number, pids: of the Executor and of its processes, once they have answered.
     """
 
     def __init__(self, executor: Any, slots: int, lookahead: int | Literal["auto"], clock: Callable[[], float] = time.perf_counter):
         self.executor = executor
         self.number: int | None = None
-        self.pid: int | None = None
+        self.pids: set[int] = set()
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock
@@ -118,6 +121,11 @@ def choose(lanes: Sequence[Lane], job: Job) -> Lane | None:
     known = [pace for pace in paces if pace is not None]
     usual = sum(known) / len(known) if known else 1.0  # who has not answered yet counts as one like the others
     done_in = [(lane.tokens + job.tokens) * (usual if pace is None else pace) for lane, pace in zip(lanes, paces, strict=True)]
-    bound = min(done_in) + IMBALANCE * job.tokens * usual
-    fit = [i for i, lane in enumerate(lanes) if done_in[i] <= bound and lane.room + IMBALANCE > 0]
-    return lanes[max(fit, key=lambda i: (lanes[i].overlap(job.uses), -done_in[i]))] if fit else None
+    ahead = [(seconds - min(done_in)) / (job.tokens * usual) for seconds in done_in]  # in batches like this one
+    named = sum(p for experts in job.uses for _, p in experts) or 1.0
+
+    def worth(i: int) -> tuple[float, float]:
+        return lanes[i].overlap(job.uses) / named - PRICE * ahead[i], -ahead[i]
+
+    fit = [i for i, lane in enumerate(lanes) if ahead[i] <= IMBALANCE and lane.room + IMBALANCE > 0]
+    return lanes[max(fit, key=worth)] if fit else None

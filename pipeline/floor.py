@@ -129,10 +129,12 @@ class Floor:
 
     def _see(self, lane: Lane, stats: BatchStats) -> None:
         """Whether the processes that did a batch are those that did the ones before."""
-        if lane.pid not in (None, stats.pid):  # Ray has sent it again what its last process had been sent
-            again = sum(job.sent < stats.born for job in lane.under_way)
-            self._lost(Loss("executor", f"Executor {stats.executor}", redone=again))
-        lane.pid, lane.number = stats.pid, stats.executor
+        lane.number = stats.executor
+        if stats.pid not in lane.pids:  # an answer of the last process may still come after one of this
+            if lane.pids:  # Ray has sent it again what its last process had been sent
+                again = sum(job.sent < stats.born for job in lane.under_way)
+                self._lost(Loss("executor", f"Executor {stats.executor}", redone=again))
+            lane.pids.add(stats.pid)
         pid = stats.predictor_pid
         if pid is not None and pid not in self._predictors and self._actors.predictor is not None:
             if self._predictors:

@@ -3,8 +3,8 @@
     python -m pipeline.bench.executors CONFIG.yaml [key.path=value ...] [-- key.path=value ...]
 
 takes `executors`, `bench.budgets`, `bench.batches` and `bench.rounds` from the config. Each `--` begins a workload: what differs in
-it from the config. Tables are the true ones, made before, so that nobody waits for a predictor. What several GPUs can give that share
-a machine is measured first: what their links carry at once, and alone.
+it from the config. Tables are the true ones, made before, so that nobody waits for a predictor. What several GPUs can give that
+share a machine is measured first: what their links carry at once, and alone.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import platform
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -168,10 +167,7 @@ def versions() -> dict[str, str]:
 
 def _restarts(stats: list[BatchStats]) -> int:
     """How often a process took over from another as one Executor, the sittings of a resumed run included."""
-    pids: dict[int, list[int]] = {}
-    for s in stats:
-        pids.setdefault(s.executor, []).append(s.pid)
-    return sum(a != b for one in pids.values() for a, b in pairwise(one))
+    return len({(s.executor, s.pid) for s in stats}) - len({s.executor for s in stats})
 
 
 def _sum(rows: list[list[int]]) -> list[int]:

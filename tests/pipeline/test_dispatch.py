@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.data import Batch
 from pipeline.dispatch import IMBALANCE, Job, Lane, choose
+from pipeline.plan.several import moves
 from predictor.tokens import TokenBatch
 
 
@@ -82,6 +83,17 @@ def test_overlap_buys_no_more_imbalance_than_the_bound(clock):
     assert choose([one, two], job(1)) is two
 
 
+def test_a_few_experts_more_are_not_worth_being_ahead(clock):
+    one, two = lanes(clock, slots=100)
+    experts = tuple(range(50))
+    one.sent(job(*experts[:25]))
+    two.sent(job(*experts[:24]))
+    one.sent(job())
+    assert choose([one, two], job(*experts)) is two
+    one.sent(job(*experts[:40]))
+    assert choose([one, two], job(*experts)) is one
+
+
 def test_a_long_batch_weighs_more_than_a_short_one(clock):
     one, two = lanes(clock)
     one.sent(job(tokens=100))
@@ -145,3 +157,14 @@ def test_nobody_is_sent_more_than_the_look_ahead_and_the_bound(clock):
         lane.sent(job())
         sent += 1
     assert sent == 2 * (3 + 1 + IMBALANCE)
+
+
+def test_choosing_by_experts_moves_fewer_of_them():
+    """Two kinds of batches, in an order that gives the least busy one now the one, now the other."""
+    kinds = [[[(0, expert) for expert in range(start, start + 4)]] for start in (0, 4)]
+    order = [int(bit) for bit in "011010011001011010010110011010010110100110010110"]
+    batch = job().batch
+    batches, used = [batch] * len(order), [kinds[kind] for kind in order]
+    blind, informed = (moves(batches, used, 2, 4, known) for known in (False, True))
+    assert informed[0] < 0.5 * blind[0]
+    assert informed[1] <= 1.15
