@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,14 @@ import ray
 from ray.exceptions import RayError
 from tqdm import tqdm
 
-from pipeline.actors import Actors, open_store, result, start_store, with_predictor
+from pipeline.actors import Actors, open_store, start_store, with_predictor
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
 from pipeline.losses import Loss, Told, loss_metrics
 from pipeline.machines import Machine, Machines, Wanted
-from pipeline.parallel.actors import start_group
-from pipeline.parallel.group import Group
-from pipeline.parallel.load import Balance, counted
+from pipeline.parallel.actors import SharedExperts
 from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
@@ -38,8 +34,6 @@ from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
-from predictor.hash_table import HashTable
-from predictor.tokens import TokenBatch
 from store.actor import ArenaInfo
 
 PATIENCE_S = 5.0
@@ -71,8 +65,9 @@ def run(config: Config) -> dict[str, Any]:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
+                spec = prepared.executor_spec()
                 shared = config.parallel.placement is not None
-                spec, count = prepared.executor_spec(), 0 if shared else config.executors
+                count = 0 if shared else config.executors
                 actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
                 wanted = Wanted(
                     with_predictor(spec, predictor, here),
@@ -97,7 +92,7 @@ def run(config: Config) -> dict[str, Any]:
                 machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
                 if shared:
-                    group = start_group(prepared, partial(_table, actors), arena.identity, lost)
+                    group = SharedExperts(prepared, actors, arena.identity, lost)
                 entries = _execute(actors, group, prepared, output, entries, groupings, watch, live, lost)
                 if group is not None:
                     group.close()
@@ -108,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
         metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
-        metrics["parallel"] = _shared(prepared, group, entries) if group is not None else None
+        metrics["parallel"] = group.metrics(stats_of(entries)) if group is not None else None
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
@@ -118,12 +113,7 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def _table(actors: Actors, tokens: TokenBatch) -> HashTable:
-    prediction: Prediction = result(actors.predict(tokens))
-    return prediction.table
-
-
-def _stop(store: Any, actors: Actors | None, group: Group | None, machines: Machines | None, keep: bool) -> None:
+def _stop(store: Any, actors: Actors | None, group: SharedExperts | None, machines: Machines | None, keep: bool) -> None:
     """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
         if group is not None:
@@ -151,7 +141,7 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
 
 def _execute(
     actors: Actors,
-    group: Group | None,
+    group: SharedExperts | None,
     prepared: Prepared,
     output: OutputDir,
     entries: list[dict[str, Any]],
@@ -189,8 +179,7 @@ def _execute(
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
             listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
             if group is not None:
-                asked = ((batch, prediction or actors.predict(batch.tokens)) for batch, prediction in work)
-                results = group.run(asked, routing)
+                results = group.run(work, routing)
             else:
                 results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen, lost)
             for item in results:
@@ -249,13 +238,6 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
             "config": config.to_dict(),
         }
     )
-
-
-def _shared(prepared: Prepared, group: Group, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """How evenly the run's experts were shared out, as far as routers were asked beside tables."""
-    seen = [s.load for s in stats_of(entries) if s.load]
-    balance = asdict(Balance.of(counted(seen, prepared.model.shape), group.plan)) if seen else {}
-    return {"placement": prepared.config.parallel.placement, "most_experts": group.plan.most, "restarts": group.restarts} | balance
 
 
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.batch_result import BatchResult
+from pipeline.actors import Actors, result
+from pipeline.batch_result import BatchResult, BatchStats
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.losses import Loss, Told
 from pipeline.parallel.exchange import PeerLost
 from pipeline.parallel.group import AHEAD, Group, GroupLost, Step
+from pipeline.parallel.load import Balance, counted
 from pipeline.parallel.membership import START_S, MeetingPlace
 from pipeline.parallel.placement import Assignment
 from pipeline.parallel.rank import Rank
 from pipeline.parallel.sharing import share_out
 from pipeline.prepare import Prepared
 from predictor.actor import Prediction
-from predictor.hash_table import HashTable
-from predictor.tokens import TokenBatch
 
 
 class ExecutorRank(Rank):
@@ -86,32 +87,58 @@ class RankActors:
                 ray.kill(actor)
 
 
-def start_group(prepared: Prepared, predict: Callable[[TokenBatch], HashTable], identity: str, lost: Told) -> Group:
-    """The ranks of a run, as its config says; says how experts are shared out.
+class SharedExperts:
+    """A run's group: its ranks as its config says, and what makes tables for them."""
 
-    Args:
-        predict: makes a table.
-        identity: of the model's routers, which the arena knows.
-        lost: told when a rank's death has ended all of them.
+    def __init__(self, prepared: Prepared, actors: Actors, identity: str, lost: Told):
+        """Says how experts are shared out, and waits for the ranks.
 
-    Raises:
-        ConfigError: GPUs are wanted that Ray does not have.
-    """
-    config, spec = prepared.config, prepared.executor_spec()
-    free = int(ray.available_resources().get("GPU", 0))
-    if spec.device != "cpu" and config.executors > free:
-        raise ConfigError(
-            f"executors: {config.executors} take a GPU each, and this Ray has {free or 'none'} to give; write `device: cpu`, or "
-            f"start it with `ray start --num-gpus {config.executors}`"
+        Args:
+            actors: makes tables.
+            identity: of the model's routers, which the arena knows.
+            lost: told when a rank's death has ended all of them.
+
+        Raises:
+            ConfigError: GPUs are wanted that Ray does not have.
+        """
+        config, spec = prepared.config, prepared.executor_spec()
+        self._prepared, self._actors = prepared, actors
+        free = int(ray.available_resources().get("GPU", 0))
+        if spec.device != "cpu" and config.executors > free:
+            raise ConfigError(
+                f"executors: {config.executors} take a GPU each, and this Ray has {free or 'none'} to give; write `device: cpu`, "
+                f"or start it with `ray start --num-gpus {config.executors}`"
+            )
+        plan = share_out(prepared, identity, lambda tokens: result(actors.predict(tokens)).table)
+        fits = "all of them in slots" if plan.most <= prepared.slots else f"through {prepared.slots} slots"
+        print(
+            f"each expert belongs to one of {config.executors} Executors ({config.parallel.placement}): {plan.most} at most, {fits}"
         )
-    plan = share_out(prepared, identity, predict)
-    fits = "all of them in slots" if plan.most <= prepared.slots else f"through {prepared.slots} slots"
-    print(f"each expert belongs to one of {config.executors} Executors ({config.parallel.placement}): {plan.most} at most, {fits}")
 
-    def told(batches: int) -> None:
-        lost(Loss("executor", "a rank, and all others with it", redone=batches))
+        def told(batches: int) -> None:
+            lost(Loss("executor", "a rank, and all others with it", redone=batches))
 
-    return Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), plan, told)
+        self._group = Group(lambda: RankActors(spec, plan, config.parallel.timeout_s), plan, told)
+
+    def run(self, work: Iterable[tuple[Batch, Prediction | None]], routing: str) -> Iterator[BatchResult]:
+        """See `Group.run`; batches without a prediction are predicted on their way."""
+        asked = ((batch, prediction or self._actors.predict(batch.tokens)) for batch, prediction in work)
+        return self._group.run(asked, routing)
+
+    def metrics(self, stats: list[BatchStats]) -> dict[str, Any]:
+        """How evenly experts were shared out, as far as routers were asked beside tables."""
+        plan, seen = self._group.plan, [s.load for s in stats if s.load]
+        balance = asdict(Balance.of(counted(seen, self._prepared.model.shape), plan)) if seen else {}
+        placement = self._prepared.config.parallel.placement
+        return {"placement": placement, "most_experts": plan.most, "restarts": self._group.restarts} | balance
+
+    def close(self) -> None:
+        """Lets the ranks give up what they have, and ends them."""
+        self._group.close()
+
+    def stop(self) -> None:
+        """Ends the ranks, whatever they are doing."""
+        self._group.stop()
 
 
 def _all(refs: list[ray.ObjectRef], timeout_s: float) -> list[Any]:
