@@ -33,6 +33,14 @@ class BatchStats:
     resident_peak_bytes: int
     predicted_uses: float
     """Distinct (MoE layer, expert) pairs that the batch's table expects."""
+    executor: int = 0
+    """Which of the run's Executors, from 0."""
+    born: int = 0
+    """When its process began."""
+    queued: int = 0
+    """Batches that it had been sent besides, when this one's answer came."""
+    predictor_pid: int | None = None
+    """Which process made the table."""
     device_memory_peak_bytes: int | None = None
     """On a GPU, the most that torch has held there so far."""
     how: str | dict[str, int] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
+from pipeline.parallel.placement import PLACEMENTS
 from pipeline.weights.recipes import RECIPES
 from predictor.registry import KINDS
 from store.eviction import POLICIES
@@ -45,6 +46,7 @@ def check_config(config: Config, source: str) -> None:
         ("model.random.recipe", model.random.recipe, RECIPES),
         ("predictor.kind", config.predictor.kind, KINDS),
         ("store.policy", config.store.policy, POLICIES),
+        ("parallel.placement", config.parallel.placement, PLACEMENTS),
         *(("plan.policies", policy, POLICIES) for policy in config.plan.policies),
     ]
     for key, kind, known in choices:
@@ -57,6 +59,8 @@ def check_config(config: Config, source: str) -> None:
         "batch.size": config.batch.size,
         "batch.max_tokens": config.batch.max_tokens,
         "batch.window": config.batch.window,
+        "executors": config.executors,
+        "cluster.nodes": 1 if config.cluster.nodes == "all" else config.cluster.nodes,
         "predictor.top_k": config.predictor.top_k,
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,
@@ -66,6 +70,7 @@ def check_config(config: Config, source: str) -> None:
         "train.hidden": config.train.hidden,
         "train.top_t": config.train.top_t,
         "train.lr": config.train.lr,
+        "parallel.timeout_s": config.parallel.timeout_s,
         "bench.rounds": config.bench.rounds,
         "bench.batches": 1 if config.bench.batches is None else config.bench.batches,
         "bench.batch_sizes": min(config.bench.batch_sizes, default=1),
@@ -87,6 +92,14 @@ def check_config(config: Config, source: str) -> None:
     if isinstance(config.data.text, list):
         require(len(config.data.text) in (1, 2, 3), f"'data.text' names {len(config.data.text)} columns; it must be one to three")
     require(config.generate.problem() is None, config.generate.problem() or "")
+    shared = config.parallel.placement is not None
+    require(config.parallel.replicas >= 0, f"'parallel.replicas' is {config.parallel.replicas}; it must be 0 or more")
+    require(math.isfinite(config.parallel.timeout_s), f"'parallel.timeout_s' is {config.parallel.timeout_s}; it must be finite")
+    require(not shared or config.executors > 1, "'parallel.placement' shares experts out, and 'executors' is 1; give it 2 or more")
+    one_machine = config.cluster.nodes == 1
+    require(not shared or one_machine, "'parallel.placement' shares experts out on one machine; write cluster.nodes=1")
+    for key, given in (("replicas", config.parallel.replicas > 0), ("trace", config.parallel.trace is not None)):
+        require(shared or not given, f"'parallel.{key}' is about experts that are shared out; it goes with 'parallel.placement'")
     kind = config.predictor.kind
     makes_tables = kind not in ("none", "recent")
     require(makes_tables or config.routing == "exact", f"'routing: hash' needs tables, and 'predictor.kind: {kind}' makes none")

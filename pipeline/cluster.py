@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,14 +21,20 @@ from pipeline.errors import ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 PROBE_S = 10.0
+LOGS = ray.LoggingConfig(encoding="TEXT", log_level="INFO")
+"""Actors' lines say who wrote them: name, id, node."""
+ROOT, PACKAGES = Path(__file__).parent.parent, ("pipeline", "predictor", "store")
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit`, whose working directory has the code."""
 
 
 @contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, several: bool = False) -> Iterator[None]:
     """A connection to Ray for as long as the block lasts; a Ray that was up already is left up.
 
     Args:
         address: of a running Ray; None: the one that RAY_ADDRESS names, else one of its own.
+        several: machines are used that may not have this project's code: it travels along, unless the job has brought it.
 
     Raises:
         ConfigError: nothing answers at the address.
@@ -38,13 +45,16 @@ def cluster(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _probe(address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "logging_config": LOGS}
+    if several and address and IN_A_JOB not in os.environ:
+        quiet["runtime_env"] = {"py_modules": [str(ROOT / package) for package in PACKAGES]}
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put the Executor behind whatever else runs
-            ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+        with _own_logging():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put the Executor behind whatever else runs
+                ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         if not address:
             raise
@@ -54,6 +64,21 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """What is set up for the actors' logs is set up in this process, too, where it is not wanted."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def _probe(address: str) -> None:

@@ -141,9 +141,26 @@ def cache_directory() -> Path:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Of several Executors, whether each expert belongs to one of them."""
+
+    placement: str | None = None
+    """null: every Executor may hold every expert. A policy (pipeline/parallel/placement.py): each expert belongs to one Executor,
+    and tokens travel."""
+    replicas: int = 0
+    """So many experts of each MoE layer, those with the highest load, are on every Executor, and their tokens do not travel."""
+    trace: str | None = None
+    """What `trace.save` left: experts are placed by its loads. null: by those that the tables of the first batches expect."""
+    timeout_s: float = 120.0
+    """An Executor that keeps the others waiting longer is taken for lost."""
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     address: str | None = None
     """null: a Ray of its own, or the one that RAY_ADDRESS names."""
+    nodes: int | Literal["all"] = 1
+    """Machines to use, each with a store and `executors`: those that are there, and those that join later, up to so many."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +216,10 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
+    executors: int = 1
+    """On each machine. Each has a GPU of its own, if on one, and slots of its own under the same budget; all map one arena."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """What `executors: 2` and more share."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs/default"
     seed: int = 0

@@ -16,6 +16,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.inputs import Hear
 from pipeline.models import ModelSpec
+from pipeline.parallel.exchange import Exchange
 from pipeline.tasks.registry import Task
 from predictor.hash_table import HashTable
 from predictor.registry import PredictorSpec
@@ -38,7 +39,9 @@ class ExecutorSpec:
         asks_routers: where a table decides, too, and heed no answer: for times that are to be those of exact routing.
         stepping: of a task that writes, the predictor that says before every step which experts its tokens will need; in the
             Executor's process, since a step has no time for another. None: nothing is said of them.
+        number: which of a run's Executors it is, from 0.
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
+        exchange: with the owners of experts that are not here; put in by a Rank, in its own process (pipeline/parallel/rank.py).
     """
 
     model: ModelSpec
@@ -55,6 +58,8 @@ class ExecutorSpec:
     stepping: PredictorSpec | None = None
     top_t: int | None = None
     asks_routers: bool = False
+    exchange: Exchange | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)

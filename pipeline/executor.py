@@ -7,7 +7,9 @@ repeated, in any order, by a restarted Executor.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -32,13 +34,15 @@ from predictor.traces import Trace
 from store.arena import Arena
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
+"""Ray writes it to the actor's own file, with the actor's name."""
 
 
 class Executor:
     """Run as a Ray actor; plain calls work too, from any number of threads."""
 
     def __init__(self, spec: ExecutorSpec):
-        self._spec = spec
+        self._spec, self._born = spec, time.time_ns()
         arena = Arena.attach(spec.arena)
         if arena is None:
             raise RuntimeError(f"{spec.arena}: the arena is gone; was it removed by hand?")
@@ -202,6 +206,9 @@ class Executor:
             start=answer.span[0],
             end=answer.span[1],
             pid=os.getpid(),
+            executor=self._spec.number,
+            born=self._born,
+            predictor_pid=prediction.pid if prediction else None,
             tokens=int(sum(lengths.sum() for lengths in batch.tokens.lengths)),
             predict_span=[prediction.start, prediction.end] if prediction else None,
             copy_spans=moved.copy_spans,
@@ -228,6 +235,9 @@ class Executor:
             stats.predicted_load = _loads([experts[:, 0] for experts in prediction.table.experts], sizes)
         trace = Trace(batch.tokens, tuple(answer.decisions)) if self._spec.top_t is not None and routing == "exact" else None
         results = self._spec.task.results(batch, answer.outputs)
+        used, found = sum(stats.hits) + sum(stats.misses), sum(stats.hits)
+        words = "Executor %d: batch %d of %d rows, %d tokens: %.1f ms, %d of %d uses found in a slot"
+        LOG.info(words, self._spec.number, batch.index, len(batch.rows), stats.tokens, (stats.end - stats.start) / 1e6, found, used)
         stats.new_tokens = sum(len(result.get("token_ids", ())) for result in results)
         return BatchResult(batch.index, results, stats, trace)
 

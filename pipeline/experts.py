@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pipeline.parallel.exchange import Exchange
 from pipeline.routing import Expert, Routing, are_probabilities
 from predictor.hash_table import HashTable
 from predictor.traces import LayerTrace
@@ -65,14 +66,26 @@ class Current:
 class SlotExperts:
     """The experts of one MoE layer, in slots or in the arena (pipeline.routing.Experts)."""
 
-    def __init__(self, layer: int, stream: int, expert: Expert, engine: CopyEngine, current: Current, asks: bool):
+    def __init__(
+        self,
+        layer: int,
+        stream: int,
+        expert: Expert,
+        engine: CopyEngine,
+        current: Current,
+        asks: bool,
+        exchange: Exchange | None = None,
+    ):
         """
         Args:
             asks: the router, even where a table decides (ExecutorSpec.asks_routers).
+            exchange: to the owners of the experts; None: all are here.
         """
         self._asks = asks
         self._layer, self._stream, self._expert = layer, stream, expert
-        self._engine, self._current = engine, current
+        self._engine, self._current, self._exchange = engine, current, exchange
+        if exchange is not None:
+            exchange.serves(layer, self._serve)
 
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
@@ -91,8 +104,15 @@ class SlotExperts:
         if self._current.ahead is not None:
             self._current.ahead(self._layer, hidden[real])
         output = torch.zeros_like(hidden)
-        output[real] = self._run(now.batch, hidden[real], experts, weights)
+        if self._exchange is not None:
+            output[real] = self._exchange.round(self._layer, hidden[real], experts, weights)
+        else:
+            output[real] = self._run(now.batch, hidden[real], experts, weights)
         return output
+
+    def _serve(self, tokens: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """See `pipeline.parallel.exchange.Serve`."""
+        return self._run(self._current.forward.batch, tokens, experts[:, None], tokens.new_ones(len(tokens), 1))
 
     def _run(self, batch: int, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """

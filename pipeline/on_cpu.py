@@ -42,7 +42,7 @@ class OnCPU:
         self.current = Current()
 
         def experts(layer: int, stream: int, expert: Expert) -> SlotExperts:
-            return SlotExperts(layer, stream, expert, self._engine, self.current, spec.asks_routers)
+            return SlotExperts(layer, stream, expert, self._engine, self.current, spec.asks_routers, spec.exchange)
 
         self.model = build(spec.model, arena, experts, cpu)
         self._next_layer: NextLayer | None = None

@@ -70,12 +70,12 @@ class Prepared:
 
     @property
     def budget_bytes(self) -> int:
-        """The budget in whole slots."""
+        """The budget of one Executor, in whole slots."""
         return self.slots * self.layout.slot_bytes
 
     def executor_spec(self, background: bool = True) -> ExecutorSpec:
-        """Leaves one core to the Predictor if there is another."""
-        threads = max(1, cores() - 1)
+        """Leaves one core to the Predictor if there is another; the Executors share the rest."""
+        threads = max(1, (cores() - 1) // self.config.executors)
         store, top_t = self.config.store, TOP_T if self.config.trace.save is not None else None
         spec = ExecutorSpec(self.model, self.task, self.arena, self.slots, store.policy, self.device, threads, background)
         return replace(spec, read_ahead=store.backing == "file", top_t=top_t)
@@ -113,6 +113,8 @@ def prepare(config: Config) -> Prepared:
             "short; name a larger filesystem, or free some with `python runner.py clean`"
         )
     free = free_for_experts(device, layout, in_memory if config.store.backing == "shm" else 0)
+    if device == "cpu":  # all of them take of one memory
+        free //= config.executors
     predictor_device = choose_predictor_device(config, device)
     plan, stand_in_bytes = planned_stand_ins(config, layout)
     slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, free)

@@ -10,18 +10,26 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from tqdm import tqdm
 
+from pipeline.actors import Actors, open_store, start_store, with_predictor
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.driver import Actors, open_store, overlapping, run_batches, start_store
+from pipeline.driver import overlapping, run_batches
+from pipeline.losses import Loss, Told, loss_metrics
+from pipeline.machines import Machine, Machines, Wanted
+from pipeline.parallel.actors import SharedExperts
+from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
-from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, stats_of, versions
-from pipeline.reports.output import METRICS, PREDICTIONS, InOrder, OutputDir, check_writable
+from pipeline.reports.live import Live
+from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, resident_peak, stats_of, versions
+from pipeline.reports.output import PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
+from pipeline.reports.said import mb, say, say_plan, say_results
 from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
@@ -40,6 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     prepared = prepare(config)
     check_predictor(prepared)  # before the directory is made: what is refused leaves nothing behind
+    check_sharing(prepared)
     if config.trace.save is not None:
         check_writable(Path(config.trace.save), "trace.save")
     output = OutputDir(config)
@@ -47,40 +56,73 @@ def run(config: Config) -> dict[str, Any]:
         journal = output.unfinished(prepared.identity)
         entries = [entry for entry in journal if "batch" in entry]
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
-        _say_plan(prepared, entries)
-        with cluster(config.cluster.address):
+        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
+        say_plan(prepared, entries)
+        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
-            actors = None
+            actors = machines = group = None
             try:
                 arena = _open(store, prepared)
                 predictor = prepared.predictor_spec(arena.identity, made_stand_ins(prepared))
                 here = prepared.predictor_device == "executor"
-                actors = Actors.start(prepared.executor_spec(), predictor, arena, threads=1, here=here)
+                spec = prepared.executor_spec()
+                shared = config.parallel.placement is not None
+                count = 0 if shared else config.executors
+                actors = Actors.start(spec, predictor, arena, threads=1, here=here, executors=count)
+                wanted = Wanted(
+                    with_predictor(spec, predictor, here),
+                    arena.path,
+                    prepared.model.source,
+                    prepared.model.placement,
+                    config.executors,
+                )
                 actors.ready()
                 if not entries:
                     output.start_anew(prepared.identity)
+
+                live = Live()
+
+                def lost(loss: Loss) -> None:
+                    losses.append(loss)
+                    live.lost(loss.what)
+                    output.add({"loss": loss.to_dict()})
+
+                if entries:
+                    lost(Loss("driver", "this command"))
+                machines = Machines(actors, Machine.own(store, arena), wanted, config.cluster.nodes, tqdm.write, lost)
                 watch = Watch(prepared, output.path, predictor)
-                entries = _execute(actors, prepared, output, entries, groupings, watch)
+                if shared:
+                    group = SharedExperts(prepared, actors, arena.identity, lost)
+                entries = _execute(actors, group, prepared, output, entries, groupings, watch, live, lost)
+                if group is not None:
+                    group.close()
                 actors.finish()
             finally:
-                _stop(store, actors, config.store.keep)
+                _stop(store, actors, group, machines, config.store.keep)
         watch.finish(entries)
         metrics = _metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
+        metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
+        metrics["parallel"] = group.metrics(stats_of(entries)) if group is not None else None
         for name, text in _pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
     finally:
         output.abandon()
-    _say_results(metrics, output.path)
+    say_results(metrics, output.path)
     return metrics
 
 
-def _stop(store: Any, actors: Actors | None, keep: bool) -> None:
-    """Ends the actors and gives the arena up. Never raises: it may run because Ray itself has gone."""
+def _stop(store: Any, actors: Actors | None, group: SharedExperts | None, machines: Machines | None, keep: bool) -> None:
+    """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
     with contextlib.suppress(RayError):
+        if group is not None:
+            group.stop()
         if actors is not None:
             actors.stop()
+        if machines is not None:
+            machines.close(keep, PATIENCE_S)
+            return
         ray.get(store.close.remote(keep, PATIENCE_S))
         ray.kill(store)
 
@@ -93,17 +135,20 @@ def _open(store: Any, prepared: Prepared) -> ArenaInfo:
 
         arena = open_store(store, progress)
     how = "attached a warm arena" if arena.warm_start else "built the arena"
-    _say(f"{how}: {arena.path} ({_mb(arena.nbytes)}) in {arena.seconds:.3f} s")
+    say(f"{how}: {arena.path} ({mb(arena.nbytes)}) in {arena.seconds:.3f} s")
     return arena
 
 
 def _execute(
     actors: Actors,
+    group: SharedExperts | None,
     prepared: Prepared,
     output: OutputDir,
     entries: list[dict[str, Any]],
     groupings: dict[int, Grouping],
     watch: Watch,
+    live: Live,
+    lost: Told,
 ) -> list[dict[str, Any]]:
     """Runs the batches that the journal does not have yet; returns the journal's entries of all.
 
@@ -130,16 +175,21 @@ def _execute(
         label = f"{routing} routing" if number == 0 else "exact routing, to compare"
         with bar(label, len(prepared.rows)) as shown:
             shown.update(len(prepared.rows) - sum(len(batch.rows) for batch in left))
-            last = time.perf_counter()
+            last, spent = time.perf_counter(), time.thread_time()
             speaker = Speaker(prepared.task) if number == 0 and isinstance(prepared.task, Generate) else None
-            listen = speaker.listen if speaker is not None else None
-            for item in run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen):
+            listen = speaker.listen if speaker is not None and config.executors == 1 else None  # of two at once nobody could read
+            if group is not None:
+                results = group.run(work, routing)
+            else:
+                results = run_batches(actors, work, routing, prepared.slots, config.predictor.lookahead, listen, lost)
+            for item in results:
                 if speaker is not None:
                     speaker.finish(item.results)
-                now = time.perf_counter()
-                entry = item.to_dict() | {"seconds": now - last}
-                last = now
+                now, own = time.perf_counter(), time.thread_time()
+                entry = item.to_dict() | {"seconds": now - last, "driver_ms": 1e3 * (own - spent)}
+                last, spent = now, own
                 watch.saw(item)
+                live.saw(item.stats, len(item.results))
                 output.add(entry)
                 entries.append(entry)
                 shown.update(len(item.results))
@@ -166,14 +216,15 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
         metrics
         | miss_path(stats)
         | {
+            "driver_ms_per_batch": round(sum(entry["driver_ms"] for entry in first) / len(first), 3),
             "truncated": prepared.truncated,
             "quality": quality,
             "routing": config.routing,
             "device": prepared.device,
             "expert_bytes": {
                 "total": prepared.layout.expert_bytes,
-                "budget": prepared.budget_bytes,
-                "resident_peak": max(s.resident_peak_bytes for s in stats),
+                "budget": prepared.budget_bytes * config.executors,
+                "resident_peak": resident_peak(stats),
                 "stand_ins": prepared.stand_in_bytes,
             },
             "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
@@ -194,68 +245,9 @@ def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[s
     second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
     return {
         "timeline.json": timeline(stats),
-        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots),
+        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots * prepared.config.executors),
     }
 
 
 def _by_index(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((row for entry in entries for row in entry["results"]), key=lambda row: row["index"])
-
-
-def _say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
-    layout, rows, shape = prepared.layout, len(prepared.rows), prepared.model.shape
-    _say(f"{rows} rows in {len(prepared.batches)} batches from {prepared.config.data.path}")
-    if prepared.truncated:
-        _say(f"{prepared.truncated} texts were longer than {prepared.config.batch.max_tokens} tokens and are cut")
-    _say(
-        f"{sum(shape.experts)} experts in {shape.layers} MoE layers, {_mb(layout.expert_bytes)}; budget "
-        f"{prepared.config.store.budget}: {prepared.slots} slots, {_mb(prepared.budget_bytes)}"
-    )
-    if entries:
-        _say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
-
-
-def _say_results(metrics: dict[str, Any], path: Path) -> None:
-    moved = metrics["copied_bytes"]
-    quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
-    _say(
-        f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s"
-        + (f"; {quality}" if quality else "")
-    )
-    _say(
-        f"experts: {metrics['hit_rate'] or 0:.1%} of {metrics['uses']} uses found in a slot; {_mb(moved['prefetch'])} prefetched, "
-        f"{_mb(moved['read_in_place'])} read in place; resident at most {_mb(metrics['expert_bytes']['resident_peak'])} "
-        f"of {_mb(metrics['expert_bytes']['total'])}"
-    )
-    _say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
-    never = metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]
-    if never and metrics["prediction"]["kind"] != "none":
-        _say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
-    if "new_tokens" in metrics:
-        each = metrics["ms_per_token"] or {"p50": 0.0}
-        _say(
-            f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
-            f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
-        )
-    if metrics["executor_restarts"]:
-        _say(f"Executors that took over: {metrics['executor_restarts']}; no row is lost")
-    if metrics["prediction"]["top1"] is not None:
-        top1, top3 = metrics["prediction"]["top1"], metrics["prediction"]["top3"]
-        _say(f"prediction ({metrics['prediction']['kind']}): top-1 {top1:.1%}, top-3 {top3:.1%}")
-    if "fidelity" in metrics:
-        shares = [f"same label {metrics['fidelity']['same_label']:.1%}"] if "same_label" in metrics["fidelity"] else []
-        shares += [f"{name} {value:.1%} of exact" for name, value in metrics["fidelity"]["ratio"].items()]
-        _say("fidelity of hash routing: " + ", ".join(shares))
-    _say(f"look at {path}:")
-    _say(f"  {PREDICTIONS:<18} one answer per row, in order")
-    _say(f"  {METRICS:<18} every figure of this run")
-    _say("  timeline.json      predict, copy and compute lanes: open it at https://ui.perfetto.dev")
-    _say("  report.html        the pictures: open it in a browser")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB"

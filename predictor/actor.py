@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,11 +16,12 @@ from predictor.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Prediction:
-    """A batch's table and when it was made (time.time_ns())."""
+    """A batch's table, when it was made (time.time_ns()), and by which process."""
 
     table: HashTable
     start: int
     end: int
+    pid: int = field(default_factory=os.getpid)
 
 
 class Predictor:

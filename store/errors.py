@@ -1,4 +1,4 @@
-"""What the store refuses: each error is one line for a person, about something that they gave."""
+"""What the store refuses: each error is one line for a person, about something that they gave, unless it says otherwise."""
 
 
 class CheckpointError(ValueError):
@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class SpaceError(ValueError):
     """A budget or an arena that does not fit; the message names the shortfall in bytes."""
+
+
+class TransferError(RuntimeError):
+    """An arena that could not be brought from another machine: nothing that the user gave."""

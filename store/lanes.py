@@ -127,7 +127,7 @@ class CudaLanes:
         self._nbytes = [layer.block.nbytes for layer in layers]
         self._slots = [slots.address(slot) for slot in range(slots.count)]
         self._table = table
-        self._copy_stream = torch.cuda.Stream(slots.memory.device)  # kept: its handle dies with it
+        self._copy_stream = torch.cuda.Stream(compute.device)  # kept: its handle dies with it
         self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
         self.clock = Clock(self._copy)
         self._context, self._thread = cuda.context(), 0

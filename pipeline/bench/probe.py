@@ -92,8 +92,8 @@ def _link(arena: Arena, block_bytes: int, device: torch.device) -> list[dict[str
     cuda.register(arena.memory.data_ptr(), arena.memory.numel(), device.index or 0)
     rows = []
     try:
-        for nbytes in sorted({*BLOCKS, block_bytes}):
-            count = max(1, min(256, most // nbytes))
+        for nbytes in sorted(nbytes for nbytes in {*BLOCKS, block_bytes} if nbytes <= most):
+            count = min(256, most // nbytes)
             rates: dict[str, list[float]] = {"arena": [], "pinned": []}
             for _ in range(GOES):
                 for name, memory in (("arena", arena.memory), ("pinned", pinned)):

@@ -6,11 +6,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
+from pipeline.actors import Actors
 from pipeline.bench.whole import Pass, numbers
 from pipeline.bench.workload import Combination, Workload
 from pipeline.cluster import cluster
 from pipeline.data import Batch
-from pipeline.driver import Actors, run_batches
+from pipeline.driver import run_batches
 from predictor.registry import PredictorSpec
 
 
@@ -25,7 +26,7 @@ class ThroughRay:
         oracle = PredictorSpec("oracle", workload.trace, shape.top_k, shape, workload.arena.identity)
         self._stack = ExitStack()
         self._stack.enter_context(cluster(prepared.config.cluster.address))
-        self._actors = Actors.start(spec, oracle, workload.arena, threads=1)
+        self._actors = Actors.start(spec, oracle, workload.arena, threads=1, executors=prepared.config.executors)
         self._actors.ready()
 
     def run(self, batches: list[Batch]) -> Pass:
@@ -36,6 +37,7 @@ class ThroughRay:
             run_batches(self._actors, ((batch, None) for batch in batches), "exact", self._slots, self._config.predictor.lookahead)
         )
         seconds = time.perf_counter() - start
+        results.sort(key=lambda result: result.batch)  # of several Executors they come as they end
         stats = [result.stats for result in results]
         return Pass(seconds, [numbers(result.results) for result in results], [(s.end - s.start) / 1e6 for s in stats], stats)
 

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.bench.limit import fewest_moves
 from pipeline.bench.whole import Pass
 from pipeline.bench.workload import Combination, Workload
+from pipeline.reports.metrics import resident_peak
 
 
 @dataclass
@@ -83,6 +84,7 @@ def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks) -> dict
         "tokens": sum(int(lengths.sum()) for batch in workload.batches for lengths in batch.tokens.lengths),
         "budget": given.budget,
         "system": given.system,
+        "devices": given.devices,
         "ms": {
             "median": round(measured.median_ms, 3),
             "p10": round(float(np.percentile(batch_ms, 10)), 3),
@@ -104,10 +106,10 @@ def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks) -> dict
 
 
 def _limit(workload: Workload, measured: Measured, yardsticks: Yardsticks) -> dict[str, Any]:
-    """The larger of two times: what the link needs for the fewest moves, and what a model without moves takes."""
+    """The larger of two times: what the link needs for the fewest moves, and what a model without moves takes. Of one device."""
     given, batches = measured.combination, len(workload.batches)
     limits: dict[str, Any] = dict.fromkeys(("fewest_moves", "limit_link_ms", "limit_compute_ms", "limit_ms", "ratio_to_limit"))
-    if given.budget is None and not measured.passes[0].stats:
+    if (given.budget is None and not measured.passes[0].stats) or given.devices > 1:
         return limits
     moves = limits["fewest_moves"] = fewest_moves(workload.uses, given.slots(workload))
     compute = yardsticks.resident_ms
@@ -137,7 +139,7 @@ def _movement(workload: Workload, measured: Measured, link: float | None) -> dic
     }
     bytes_per_second = sum(copied.values()) / (measured.median_ms * len(workload.batches) / 1e3)
     return {
-        "expert_bytes_resident_peak": max(s.resident_peak_bytes for s in stats),
+        "expert_bytes_resident_peak": resident_peak(stats),
         "copied_bytes": copied,
         "moves": sum(s.moves for s in stats) // rounds,
         "hit_rate": round(hits / max(hits + misses, 1), 4),
@@ -188,7 +190,8 @@ def ray_over_in_process(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def line(row: dict[str, Any]) -> str:
     """One row for a person."""
-    name = row["system"] + (f" ({row['predictor']})" if row["predictor"] else "")
+    name = row["system"] + (f" x {row['devices']}" if row["devices"] > 1 else "")
+    name += f" ({row['predictor']})" if row["predictor"] else ""
     ms, rate = row["ms"]["median"], row["samples_per_second"]
     text = f"batch {row['batch']:>3}  {row['budget'] or '-':>5}  {name:<34} {ms:>9.2f} ms {rate:>9.1f}/s"
     text += f"  error {row['median_error']:.1e}"

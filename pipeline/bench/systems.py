@@ -150,6 +150,12 @@ def _ray(workload: Workload, given: Combination) -> Running:
     return ThroughRay(workload, given)
 
 
+def _parallel(workload: Workload, given: Combination) -> Running:
+    from pipeline.bench.parallel_system import Parallel  # processes are started for it
+
+    return Parallel(workload, given)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a system is set up, and what there is to choose.
@@ -159,6 +165,7 @@ class Kind:
         predictors: which of the workload's tables it is run with; None: it has none.
         needs_gpu: there is nothing to compare on a CPU.
         needs_package: what it stands on, of the extra `bench`.
+        group: runs on as many devices as `executors` says.
     """
 
     make: Callable[[Workload, Combination], Running]
@@ -166,12 +173,14 @@ class Kind:
     predictors: Callable[[Workload], list[str]] | None = None
     needs_gpu: bool = False
     needs_package: str | None = None
+    group: bool = False
 
     def combinations(self, workload: Workload, name: str, budget: str) -> list[Combination]:
         chosen = budget if self.has_budget else None
         if self.predictors is None:
             return [Combination(name, chosen)]
-        return [Combination(name, chosen, predictor) for predictor in self.predictors(workload)]
+        devices = workload.prepared.config.executors if self.group else 1
+        return [Combination(name, chosen, predictor, devices) for predictor in self.predictors(workload)]
 
 
 def _all(workload: Workload) -> list[str]:
@@ -193,6 +202,7 @@ SYSTEMS: dict[str, Kind] = {
     "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
     "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
     "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
+    "parallel": Kind(_parallel, predictors=_oracle, group=True),
     "on-demand": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lru", demand=True)), needs_gpu=True),
     "paper": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="fifo"), "hash"), predictors=_lstm),
     "in_process": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), threads=1), goes_on=False), predictors=_oracle),
@@ -223,6 +233,10 @@ def check_systems(config: Config, device: str) -> None:
             raise ConfigError(
                 f"bench.systems: {name!r} needs {package}, which is not installed; pip install -e '.[bench]', or leave it out"
             )
+        if kind.group and config.executors < 2:
+            raise ConfigError(f"bench.systems: {name!r} shares experts out, and executors is 1; give it 2 or more")
+        if kind.group and device != "cpu" and config.executors > torch.cuda.device_count():
+            raise ConfigError(f"executors: {config.executors}, and this machine has {torch.cuda.device_count()} GPUs")
         if name == "paper" and (config.predictor.kind != "lstm" or config.predictor.path is None):
             raise ConfigError("bench.systems: 'paper' needs predictor.kind=lstm and, in predictor.path, its trained file")
 

@@ -35,13 +35,15 @@ class Combination:
     """A system and what it is given.
 
     Attributes:
-        budget: as written; None where a system knows none.
+        budget: as written, of one device; None where a system knows none.
         predictor: the name of the workload's tables.
+        devices: so many, with a budget each.
     """
 
     system: str
     budget: str | None
     predictor: str | None = None
+    devices: int = 1
 
     def slots(self, workload: Workload) -> int:
         """Those that the budget leaves beside a rehearsal's stand-ins, if they lie on the same device."""

@@ -16,6 +16,7 @@ import torch
 from pipeline.expert_shape import ExpertShape
 from pipeline.experts import record
 from pipeline.gpu import grouping, kernels
+from pipeline.parallel.exchange import Exchange
 from pipeline.routing import Routing
 from predictor.traces import LayerTrace
 from store.layout import LayerLayout
@@ -88,17 +89,21 @@ class DeviceExperts:
         counters: Counters,
         current: CurrentForward,
         asks: bool = False,
+        exchange: Exchange | None = None,
     ):
         """
         Args:
             asks: the router, even where a table decides (ExecutorSpec.asks_routers).
             table: int64 (experts,), this layer's part of the pointer table.
             slots: first address of the slots and the first behind them.
+            exchange: to the owners of the experts; None: all are here.
         """
         self._layer, self._stream = layer, stream
         self._shape, self._table, self._slots = shape, table, slots
         self._routed, self._hits = counters.routed[layer, : shape.experts], counters.hits[layer, : shape.experts]
-        self._current, self._asks = current, asks
+        self._current, self._asks, self._exchange = current, asks, exchange
+        if exchange is not None:
+            exchange.serves(layer, self._serve)
 
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
         now = self._current.forward
@@ -118,6 +123,21 @@ class DeviceExperts:
                 now.decisions.append(record(logits, routing.chosen[real], weights[real], now.top_t))
         if table is not None:
             experts, weights = table
+        if self._exchange is not None:
+            return self._exchange.round(self._layer, hidden, experts, weights)
+        return self._run(hidden, experts, weights)
+
+    def _serve(self, tokens: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """See `pipeline.parallel.exchange.Serve`."""
+        return self._run(tokens, experts[:, None], tokens.new_ones(len(tokens), 1))
+
+    def _run(self, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden: (tokens, d_model).
+            experts, weights: (tokens, top_k); expert -1 is none.
+        """
+        now = self._current.forward
         groups = grouping.group(experts, self._shape)
         output = kernels.room(hidden, groups)
         if self._current.ahead is not None:

@@ -83,10 +83,12 @@ class OnGPU:
                 self.shapes.append(shape)
                 entries = table.entries[layer, : shape.experts]
                 span = (begin, begin + slots.memory.numel())
-                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, spec.asks_routers)
+                asks = spec.asks_routers
+                return DeviceExperts(layer, stream, shape, entries, span, self.counters, self._current, asks, spec.exchange)
 
             self.model = build(spec.model, arena, experts, device)
         self.asks = spec.demand or host is None
+        """What a router has named has to come into a slot, before its experts run."""
         policy = POLICIES[spec.policy]()
         self.lanes: CudaLanes
         self.engine: DeviceCopyEngine
@@ -161,6 +163,9 @@ class OnGPU:
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
+        if self.spec.exchange is not None:  # which asks the GPU for sizes
+            self.counters.both.zero_()  # a layer may get no token
+            return self._eager(batch, host, tables, top_t, "experts at other Executors")
         key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
         if top_t is not None:
             return self._eager(batch, host, tables, top_t, "traced")

@@ -167,6 +167,7 @@ class Said:
         chosen: int16, of all MoE layers what their routers chose; None: nobody asks.
         awake: the rows that it was for, bool (rows,); None: all, it was the prompt's.
         pairs: of each MoE layer tokens x experts, those without expert counted: what tiles were chosen by.
+        number: the forward's, to the engine.
     """
 
     ended: cuda.Event
@@ -175,6 +176,7 @@ class Said:
     chosen: torch.Tensor | None
     awake: np.ndarray | None
     pairs: list[int]
+    number: int
 
 
 class GPUWriting(GPUWork):
@@ -286,7 +288,7 @@ class GPUWriting(GPUWork):
         rows = self._tokens if prompt else [len(tokens)] * len(self._tokens)
         pairs = [rows[stream] * width for stream, width in zip(shape.streams, widths, strict=True)]
         ended = cuda.Event(gpu.stream.cuda_stream)
-        self._under_way.append(Said(ended, host, counters, chosen, self._awake, pairs))
+        self._under_way.append(Said(ended, host, counters, chosen, self._awake, pairs, self._number))
         if self._is_late and len(self._under_way) < 2:
             return None
         return self._settle(self._under_way.popleft())
@@ -378,7 +380,7 @@ class GPUWriting(GPUWork):
         for layer, (pairs, shape) in enumerate(zip(said.pairs, self._gpu.shapes, strict=True)):
             routed, hits = counters[:, layer, : shape.experts]
             rows = tiles_for(pairs, shape).rows
-            engine.counted(layer, routed, hits, -(-routed // rows))
+            engine.counted(layer, routed, hits, -(-routed // rows), said.number)
             missed += int(((routed > 0) & (hits == 0)).sum()) * engine.slots.block_bytes((layer, 0))
         if said.awake is not None:
             self._replays.saw((missed if self._missing is None else self._missing) / len(said.pairs))

@@ -1,8 +1,9 @@
 """What every eviction policy would move on a model's routing: `python -m pipeline.plan.simulate CONFIG.yaml [key.path=value ...]`
 
 Records what the routers decide on the config's data, once per batch size of `bench.batch_sizes`, and plays it through the
-simulator (store/simulator.py) for every budget of `bench.budgets`, every policy and several predictors; beside each stands what
-perfect foresight moves (Belady's MIN). Writes simulate.json, simulate.md and, with matplotlib, simulate.png into `output_dir`.
+simulator (store/simulator.py) for every budget of `bench.budgets`, every policy of `plan.policies` and several predictors;
+beside each stands what perfect foresight moves (Belady's MIN). Writes simulate.json, simulate.md and, with matplotlib,
+simulate.png into `output_dir`.
 
 Counts, not times: the same on every machine.
 """
@@ -142,13 +143,14 @@ def moves_of_policies(history: History) -> Iterator[dict[str, Any]]:
     tables: dict[str, Tables | None] = {name: [t.uses for t in made] for name, made in history.tables.items()}
     tables[ON_DEMAND] = None
     budgets = config.bench.budgets or [config.store.budget]
-    with bar(f"batches of {config.batch.size}", len(budgets) * len(tables) * len(POLICIES), unit="run") as shown:
+    policies = config.plan.policies or list(POLICIES)
+    with bar(f"batches of {config.batch.size}", len(budgets) * len(tables) * len(policies), unit="run") as shown:
         for budget in budgets:
             slots = parse_budget(budget, layout.expert_bytes, layout.slot_bytes, layout.nbytes, "bench.budgets")
             fewest = fewest_moves(history.sequence, slots, rounds=1)
             for predictor, made in tables.items():
                 lookahead = 0 if made is None else _lookahead(config, slots, history.tables[predictor])
-                for policy in POLICIES:
+                for policy in policies:
                     if made is None:
                         moved = simulate_on_demand(layout, slots, policy, history.uses)
                     else:

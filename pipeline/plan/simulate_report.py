@@ -87,8 +87,16 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
                 axes.set_ylabel(f"{predictor}\nmoves per use", fontsize=8)
             if down == len(predictors) - 1:
                 axes.set_xlabel("budget: share of experts with a slot", fontsize=8)
-    lines, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 1 + 2 * len(batches)), fontsize=8, frameon=False)
+    every = {name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [name for name in [*policies, "MIN"] if name in every]  # not every panel has every policy
+    figure.legend(
+        [every[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), 1 + 2 * len(batches)),
+        fontsize=8,
+        frameon=False,
+    )
     figure.suptitle(f"{Path(report['model']).stem}, {Path(report['workload']).name}: fewer moves are better", fontsize=10)
     whole = BytesIO()
     figure.savefig(whole, dpi=DPI)
@@ -98,7 +106,7 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
 
 def _panel(axes: Any, rows: list[Row], policies: list[str]) -> None:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    for policy in dict.fromkeys(row["policy"] for row in rows):
+    for policy in [name for name in policies if any(row["policy"] == name for row in rows)]:
         ys = [row["moves"] / max(row["uses"], 1) for row in rows if row["policy"] == policy]
         at = policies.index(policy)
         width = WIDEST - (WIDEST - THINNEST) * at / max(1, len(policies) - 1)

@@ -19,8 +19,9 @@ from store.slots import parse_bytes
 def choose_predictor_device(config: Config, device: str) -> str:
     """Where the predictor computes: "cpu" or "cuda:0" in the Predictor actor, or "executor".
 
-    `auto` is the Predictor actor: on a GPU of its own for a rehearsal, where torch sees two, else on the CPU. A rehearsal that has
-    but one GPU, the Executor's, runs in its process: two processes on one GPU take turns, and would hold the backbone twice.
+    `auto` is the Predictor actor: on a GPU of its own for a rehearsal, where torch sees more than the Executors take, else on the
+    CPU. A rehearsal with no GPU but theirs runs in their processes: two processes on one GPU take turns, and would hold the
+    backbone twice.
 
     Args:
         device: the Executor's.
@@ -29,13 +30,13 @@ def choose_predictor_device(config: Config, device: str) -> str:
         ConfigError: a GPU of its own is wanted, and there is none.
     """
     wanted, gpus = config.predictor.device, torch.cuda.device_count() if device != "cpu" else 0
-    if wanted == "cuda" and gpus < 2:
+    if wanted == "cuda" and gpus <= config.executors:
         raise ConfigError(
-            f"predictor.device: cuda is a GPU beside the Executor's, and torch finds {gpus}; "
-            "write `executor` to share one with it, or `cpu`"
+            f"predictor.device: cuda is a GPU beside those of {config.executors} Executors, and torch finds {gpus}; "
+            "write `executor` to share theirs, or `cpu`"
         )
     if wanted == "auto" and config.predictor.kind == "rehearsal" and gpus:
-        wanted = "cuda" if gpus > 1 else "executor"
+        wanted = "cuda" if gpus > config.executors else "executor"
     if wanted == "executor":
         return "executor"
     return "cuda:0" if wanted == "cuda" else "cpu"  # Ray shows an actor its own GPU as the first

@@ -7,7 +7,6 @@ import platform
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,27 +35,56 @@ def batch_metrics(stats: list[BatchStats], samples: int, seconds: float) -> dict
     """
     latencies = [(s.end - s.start) / 1e6 for s in stats]
     hits, misses = _sum([s.hits for s in stats]), _sum([s.misses for s in stats])
+    numbers = sorted({s.executor for s in stats})
     return {
         "samples": samples,
         "tokens": sum(s.tokens for s in stats),
         "seconds": round(seconds, 3),
         "samples_per_second": round(samples / max(seconds, 1e-9), 3),
         "latency_ms": _percentiles(latencies),
+        **_movement(stats),
+        "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
+        "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
+        "prediction": prediction_metrics(stats),
+        "graphs": dict(_graphs(stats).most_common()) or None,
+        "executor_restarts": _restarts(stats),
+        "executors": [_executor_metrics(number, [s for s in stats if s.executor == number]) for number in numbers],
+    } | generation_metrics(stats)
+
+
+def _movement(stats: list[BatchStats]) -> dict[str, Any]:
+    """What crossed the link, what was found there, and what waited."""
+    hits, misses = sum(sum(s.hits) for s in stats), sum(sum(s.misses) for s in stats)
+    return {
         "copied_bytes": {
             "prefetch": sum(s.prefetch_bytes for s in stats),
             "demand": sum(s.demand_bytes for s in stats),
             "read_in_place": sum(s.read_in_place_bytes for s in stats),
         },
         "moves": sum(s.moves for s in stats),
-        "uses": sum(hits) + sum(misses),
-        "hit_rate": _share(sum(hits), sum(hits) + sum(misses)),
-        "hit_rate_per_layer": [_share(h, h + m) for h, m in zip(hits, misses, strict=True)],
-        "experts_used_per_layer": [round((h + m) / len(stats), 2) for h, m in zip(hits, misses, strict=True)],
-        "prediction": prediction_metrics(stats),
+        "uses": hits + misses,
+        "hit_rate": _share(hits, hits + misses),
         "stall_ms": round(sum(s.stall_ms for s in stats), 3),
-        "graphs": dict(_graphs(stats).most_common()) or None,
-        "executor_restarts": _restarts(stats),
-    } | generation_metrics(stats)
+    }
+
+
+def _executor_metrics(number: int, stats: list[BatchStats]) -> dict[str, Any]:
+    """One Executor's share of a run."""
+    return {
+        "executor": number,
+        "batches": len(stats),
+        "tokens": sum(s.tokens for s in stats),
+        "busy_ms": round(sum(s.end - s.start for s in stats) / 1e6, 3),
+        **_movement(stats),
+        "resident_peak_bytes": max(s.resident_peak_bytes for s in stats),
+        "restarts": _restarts(stats),
+    }
+
+
+def resident_peak(stats: list[BatchStats]) -> int:
+    """Bytes: the most that each Executor has had in slots, summed."""
+    numbers = {s.executor for s in stats}
+    return sum(max(s.resident_peak_bytes for s in stats if s.executor == number) for number in numbers)
 
 
 def miss_path(stats: list[BatchStats]) -> dict[str, Any]:
@@ -138,8 +166,8 @@ def versions() -> dict[str, str]:
 
 
 def _restarts(stats: list[BatchStats]) -> int:
-    """How often one Executor took over from another, the sittings of a resumed run included."""
-    return sum(a.pid != b.pid for a, b in pairwise(stats))
+    """How often a process took over from another as one Executor, the sittings of a resumed run included."""
+    return len({(s.executor, s.pid) for s in stats}) - len({s.executor for s in stats})
 
 
 def _sum(rows: list[list[int]]) -> list[int]:

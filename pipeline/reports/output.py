@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 STATE, JOURNAL, PREDICTIONS, METRICS = "run.json", "journal.jsonl", "predictions.jsonl", "metrics.json"
-NOT_RESULTS = ("output_dir", "cluster", "train", "bench", "plan", "store.keep", "store.backing", "store.directory")
+NOT_RESULTS = ("output_dir", "cluster", "executors", "train", "bench", "plan", "store.keep", "store.backing", "store.directory")
 """Keys that may differ between a run and its resumption: they change no result."""
 PLANS = ("plan.json", "plan.png")
 """May lie in any output directory: what is planned is run next, or was run before."""

@@ -6,11 +6,10 @@ The page stays small however long the run: time is sampled, and only some of ver
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from itertools import accumulate
-from statistics import median
 
 from pipeline.batch_result import BatchStats
+from pipeline.reports.clock import Clock, together
 from pipeline.reports.svg import PANEL, STYLE, WIDE, Bar, Plot, Span, bars, escape, lanes, responsive, sample, scatter
 from predictor.tokens import DECODER, RoutingShape
 
@@ -20,46 +19,17 @@ QUALITY = {"accuracy": "of the labels are right", "f1": "of the second label", "
 Layers = list[tuple[str, str]]  # name and colour of each MoE layer
 
 
-class Clock:
-    """Seconds since the first batch began, without the breaks between the sittings of a resumed run.
-
-    Attributes:
-        sittings: numbers of batches, by start; between two sittings nothing ran for ten times as long as the median batch.
-        breaks: where a sitting ends and the next begins, in seconds.
-        seconds: from the first start to the last end, > 0.
-    """
-
-    def __init__(self, stats: list[BatchStats]):
-        limit = 10 * median(s.end - s.start for s in stats)
-        self.sittings: list[list[int]] = []
-        ends: list[int] = []
-        for number in sorted(range(len(stats)), key=lambda i: stats[i].start):
-            if not ends or stats[number].start - ends[-1] > limit:
-                self.sittings.append([])
-                ends.append(0)
-            self.sittings[-1].append(number)
-            ends[-1] = max(ends[-1], stats[number].end)
-        self._starts = [stats[sitting[0]].start for sitting in self.sittings]
-        self._before = [0, *accumulate(end - start for start, end in zip(self._starts, ends, strict=True))]
-        self.breaks = [before / 1e9 for before in self._before[1:-1]]
-        self.seconds = max(self._before[-1], 1) / 1e9
-
-    def __call__(self, time_ns: int) -> float:
-        """A time within a break is where the break was."""
-        sitting = max(bisect_right(self._starts, time_ns) - 1, 0)
-        return min(self._before[sitting] + max(time_ns - self._starts[sitting], 0), self._before[sitting + 1]) / 1e9
-
-
 def report(metrics: dict, stats: list[BatchStats], routed: list[BatchStats], shape: RoutingShape, slots: int) -> str:
-    """The page, of what metrics.json holds, the run's batches (at least one) and a budget of `slots`.
+    """The page, of what metrics.json holds, the run's batches (at least one) and a budget of `slots`, of all Executors together.
 
     Args:
         routed: those in which the model's own routers were asked: the same, or the second pass of a run by hash routing.
     """
+    stats = together(stats)
     clock, layers = Clock(stats), _layers(shape)
     body = _header(metrics, slots) + _residency(metrics, stats, clock, layers, slots)
     body += _hits(metrics, stats, clock, layers, shape) + _predictions(metrics, routed, layers)
-    body += _busy(metrics, stats, clock) + _overlap(stats, clock) + _bytes(metrics) + _footer(metrics)
+    body += _busy(metrics, stats, clock) + _overlap(stats, clock) + _bytes(metrics) + _losses(metrics) + _footer(metrics)
     title = escape(f"Run of {metrics['config']['model']['path']}")
     head = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
     head += f"<title>{title}</title><style>{STYLE}</style>"
@@ -166,16 +136,18 @@ def _predictions(metrics: dict, routed: list[BatchStats], layers: Layers) -> str
 
 
 def _busy(metrics: dict, stats: list[BatchStats], clock: Clock) -> str:
-    busy = {
-        "predict": sum(s.predict_span[1] - s.predict_span[0] for s in stats if s.predict_span) / 1e9,
-        "copy": sum(end - start for s in stats for start, end, _ in s.copy_spans) / 1e9,
-        "compute": sum(s.end - s.start for s in stats) / 1e9,
-        "stall": metrics["stall_ms"] / 1e3,
-    }
-    wall = clock.seconds
-    rows = [Bar(name, s / wall, _percent(s, wall), f"var(--{name})", f"{s:,.2f} s") for name, s in busy.items()]
+    busy = [("predict", "", sum(s.predict_span[1] - s.predict_span[0] for s in stats if s.predict_span) / 1e9)]
+    for number, own in _executors(stats):
+        busy += [
+            ("copy", number, sum(end - start for s in own for start, end, _ in s.copy_spans) / 1e9),
+            ("compute", number, sum(s.end - s.start for s in own) / 1e9),
+            ("stall", number, sum(s.stall_ms for s in own) / 1e3),
+        ]
+    wall, computed = clock.seconds, [seconds for name, _, seconds in busy if name == "compute"]
+    rows = [Bar(name + of, s / wall, _percent(s, wall), f"var(--{name})", f"{s:,.2f} s") for name, of, s in busy]
     how = f"Busy time as a share of the {wall:,.2f} s from first start to last end; stall is compute that waited for copies."
-    title = f"Batches were computed {_percent(busy['compute'], wall)} of the time"
+    title = f"Batches were computed {_percent(sum(computed) / len(computed), wall)} of the time"
+    title += f" by each of {len(computed)} Executors" if len(computed) > 1 else ""
     return _section(title, how, responsive(lambda width: bars(width, rows, "busy time per lane")))
 
 
@@ -191,13 +163,18 @@ def _overlap(stats: list[BatchStats], clock: Clock) -> str:
         def span(since: int, until: int, what: str, text: str = "") -> Span:
             return Span((since - start) / 1e6, (until - start) / 1e6, f"{what}, {(until - since) / 1e6:.1f} ms", text)
 
-        predict, copy, compute = [], [], []
+        spans: dict[tuple[str, str], list[Span]] = {("predict", ""): []}
+        lane_of = {}
+        for number, own in _executors(stats):
+            spans |= {("copy", number): [], ("compute", number): []}
+            lane_of[own[0].executor] = number
         for i in sitting:
             s, what, text = stats[i], f"batch {i}, {stats[i].tokens} tokens", "" if i % 5 else str(i)
-            predict += [span(s.predict_span[0], s.predict_span[1], what)] if s.predict_span else []
-            copy += [span(since, until, f"experts copied: {experts}") for since, until, experts in s.copy_spans]
-            compute.append(span(s.start, s.end, what, text))
-        rows = [(name, f"var(--{name})", spans) for name, spans in (("predict", predict), ("copy", copy), ("compute", compute))]
+            number = lane_of[s.executor]
+            spans["predict", ""] += [span(s.predict_span[0], s.predict_span[1], what)] if s.predict_span else []
+            spans["copy", number] += [span(since, until, f"experts copied: {experts}") for since, until, experts in s.copy_spans]
+            spans["compute", number].append(span(s.start, s.end, what, text))
+        rows = [(name + of, f"var(--{name})", drawn) for (name, of), drawn in spans.items()]
         return lanes(width, rows, max(end - start, 1) / 1e6, "milliseconds", "what predicted, copied and computed when")
 
     how = "From the middle of the run: what stands above a blue block happened while that batch (every fifth has a number) ran."
@@ -217,6 +194,17 @@ def _bytes(metrics: dict) -> str:
     return _section(title, how, responsive(lambda width: bars(width, rows, "bytes by way")))
 
 
+def _losses(metrics: dict) -> str:
+    lost = metrics.get("lost", {}).get("each", [])
+    if not lost:
+        return ""
+    lines = [f"{one['name']}: {one['redone']} batches were sent again" if one["redone"] else one["name"] for one in lost]
+    title = f"{len(lost)} times something was lost on the way, and no row with it"
+    return _section(
+        title, f"{metrics['lost']['batches_redone']} batches in all were sent again. In order: " + "; ".join(lines) + "."
+    )
+
+
 def _footer(metrics: dict) -> str:
     arena, config = metrics["arena"], metrics["config"]
     lines = (
@@ -229,6 +217,12 @@ def _footer(metrics: dict) -> str:
 
 def _section(title: str, how: str, pictures: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(how)}</p>{pictures}</section>"
+
+
+def _executors(stats: list[BatchStats]) -> list[tuple[str, list[BatchStats]]]:
+    """Those of each Executor, and what to add to a lane's name: nothing, if there is but one."""
+    numbers = sorted({s.executor for s in stats})
+    return [(f" {n}" if len(numbers) > 1 else "", [s for s in stats if s.executor == n]) for n in numbers]
 
 
 def _layers(shape: RoutingShape) -> Layers:

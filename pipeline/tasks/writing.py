@@ -114,7 +114,8 @@ class Writing:
         for step in range(most):
             chosen = self._choose(logits, written, logits_processor, generation_config.do_sample, step)
             chosen = torch.where(awake, chosen, generation_config.pad_token_id or 0)
-            awake = awake & ~torch.isin(chosen, stop)
+            if self._stop:
+                awake = awake & (chosen[:, None] != stop).all(dim=1)  # not torch.isin, which may ask the device
             written = torch.cat([written, chosen[:, None]], dim=1)
             heard = steps.read(chosen)
             if heard is not None:

@@ -108,6 +108,16 @@ def test_a_rehearsal_needs_no_file_to_have_rows_of_its_own(root):
     assert rows[1]["max_error"] < 1e-5
 
 
+def test_a_group_has_each_expert_at_one_of_its_devices_and_the_same_answers(root):
+    given = replace(config(root, "parallel", systems=["sida", "parallel"], budgets=["50%"], batches=3), executors=2)
+    one, group = bench(given)["rows"]
+    assert (one["devices"], group["devices"], group["budget"]) == (1, 2, "50%")
+    assert group["max_error"] < 1e-5
+    assert group["hit_rate"] == 1.0
+    assert group["moves"] == 0  # all came before the rounds that count
+    assert group["fewest_moves"] is None
+
+
 def test_rows_have_the_keys_that_the_docs_explain(report):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     explained = re.findall(r"^\| `(\w+)` \|", page.partition("## The rows of bench.json")[2].partition("\n## ")[0], re.M)
@@ -272,6 +282,10 @@ def test_an_unknown_system_is_refused_with_the_nearest_known_one(root):
 @pytest.mark.parametrize("name", [name for name, kind in SYSTEMS.items() if kind.needs_gpu])
 def test_what_needs_a_gpu_is_refused_without_one(root, name):
     assert f"{name!r} needs a GPU" in refused(config(root, systems=["transformers", name]))
+
+
+def test_a_group_of_one_is_refused(root):
+    assert "'parallel' shares experts out, and executors is 1" in refused(config(root, systems=["parallel"]))
 
 
 def test_a_system_whose_package_is_missing_is_refused_with_the_extra_that_brings_it(root, monkeypatch):

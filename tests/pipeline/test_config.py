@@ -31,8 +31,8 @@ SPECIAL = {
 }
 """Keys whose values are checked beyond their type."""
 
-NOT_BESIDE_A_PATH = ("model.config", "model.random.recipe")
-"""Keys of a model of random weights, which have tests of their own."""
+NOT_ALONE = ("model.config", "model.random.recipe", "parallel.placement", "parallel.replicas", "parallel.trace")
+"""Keys of a model of random weights, and of experts that are shared out, which have tests of their own."""
 
 
 def leaves(cls: type = Config, at: str = "") -> list[tuple[str, typing.Any]]:
@@ -98,7 +98,7 @@ def refused(tmp_path: Path, data: dict | str, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("key", [key for key in LEAVES if key not in NOT_BESIDE_A_PATH])
+@pytest.mark.parametrize("key", [key for key in LEAVES if key not in NOT_ALONE])
 def test_every_key_can_be_set_in_the_file_and_on_the_command_line(tmp_path, key):
     values = other_values(key, value_at(parse(MINIMAL, "test"), key))
     assert values
@@ -249,6 +249,7 @@ def test_labels_that_yaml_takes_for_true_and_false_are_refused_rather_than_renam
        ("train.ce_weight", -1), ("train.ce_weight", float("nan")), ("train.lr", float("nan")), ("train.lr", float("inf")),
        ("data.text", []), ("data.text", ["a"] * 4), ("model.random.seed", -1),
        ("bench.batch_sizes", [4, 0]), ("bench.recall", 1.5), ("bench.recall", -0.1),
+       ("parallel.replicas", -1), ("parallel.timeout_s", 0), ("parallel.timeout_s", float("inf")),
        ("labels", {}), ("labels", {"0": "only"}), ("seed", -1), ("seed", 2**70)],
 )  # fmt: skip
 def test_an_impossible_value_is_refused_with_its_key(tmp_path, key, value):
@@ -289,10 +290,36 @@ def test_a_config_may_name_data_that_it_does_not_have(tmp_path):
     assert (config.data.path, config.data.hub) == (None, "nyu-mll/glue sst2 validation")
 
 
-@pytest.mark.parametrize(("key", "value", "near"), [("predictor.kind", "lsmt", "lstm"), ("store.policy", "lfru", "lru")])
+@pytest.mark.parametrize(
+    ("key", "value", "near"),
+    [("predictor.kind", "lsmt", "lstm"), ("store.policy", "lfru", "lru"), ("parallel.placement", "greed", "greedy")],
+)
 def test_an_unknown_kind_or_policy_is_refused_with_the_nearest_known_one(tmp_path, key, value, near):
     assert f"{key}: there is no {value!r}; did you mean {near!r}?" in refused(tmp_path, with_value(key, value))
     assert "known: " in refused(tmp_path, with_value(key, "zzzzzz"))
+
+
+SHARED = MINIMAL | {"executors": 2, "parallel": {"placement": "greedy", "replicas": 1, "trace": "trace.safetensors"}}
+
+
+def test_experts_can_be_shared_out_over_executors(tmp_path):
+    config = load_config(write(tmp_path, SHARED), ["parallel.placement=anti_correlation"])
+    assert (config.executors, config.parallel.placement, config.parallel.replicas) == (2, "anti_correlation", 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["executors=1"], "'parallel.placement' shares experts out, and 'executors' is 1"),
+        (
+            ["parallel.placement=null"],
+            "'parallel.replicas' is about experts that are shared out; it goes with 'parallel.placement'",
+        ),
+        (["parallel.placement=null", "parallel.replicas=0"], "'parallel.trace' is about experts that are shared out"),
+    ],
+)
+def test_what_goes_with_shared_experts_is_refused_without(tmp_path, overrides, said):
+    assert said in refused(tmp_path, SHARED, *overrides)
 
 
 def test_scoring_needs_no_labels(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
+from pipeline.predicting.next_layer import NextLayer
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.sampling import Sampling
 from predictor.actor import timed
@@ -144,3 +145,56 @@ def test_rows_that_are_done_use_no_experts(tmp_path, model):
         assert [d["ids"] for d in done] == expected(whole, written)
         used.append(sum(sum(d["misses"]) for d in done))
     assert used[0] < used[1]
+
+
+def test_on_a_cpu_what_is_said_ahead_is_copied_ahead(tmp_path):
+    """By the rows' past for the first two layers, by the layer before for the others."""
+    directory = tmp_path / "model"
+    whole = save_tiny("qwen3_moe", directory, num_hidden_layers=4).from_pretrained(directory, dtype=torch.float32).eval()
+    said = {}
+    for kind in ("recent", None):
+        arenas = tmp_path / f"arenas-{kind}"
+        arenas.mkdir()
+        served = Served(directory, arenas)
+        shape = served.spec.shape
+        spec = ExecutorSpec(served.spec, task(), served.arena, 12, "lookahead", "cpu", 1, background=False)
+        if kind is not None:
+            spec = replace(spec, stepping=PredictorSpec(kind, None, shape.top_k, shape, "any"))
+        with served.store():
+            executor = Executor(spec)
+            done = [executor.execute(batch, timed(Nobody(shape), batch.tokens)) for batch in batches()]
+            executor.close()
+        assert [[row["token_ids"] for row in d.results] for d in done] == expected(whole, task())
+        said[kind] = sum(d.stats.prefetch_bytes for d in done)
+    assert said["recent"] > said[None] == 0
+
+
+def test_wrong_words_ahead_change_no_token(tmp_path, model, monkeypatch):
+    """The predictor and the next layer's router name what is least likely."""
+    from predictor.stepping import Foresight
+
+    directory, whole = model
+    monkeypatch.setattr(NextLayer, "scores", lambda self, layer, hidden, right=NextLayer.scores: -right(self, layer, hidden))
+    likely = Foresight.likely
+    monkeypatch.setattr(Foresight, "likely", lambda self, tokens: [1 - layer for layer in likely(self, tokens)])
+    (tmp_path / "arenas").mkdir()
+    done = run_on_host(str(directory), str(tmp_path / "arenas"), 0.3, "recent", False, task())
+    assert [d["ids"] for d in done] == expected(whole, task())
+
+
+def test_the_next_layers_router_is_asked_of_the_second_layer_and_later(tmp_path):
+    """What it names are the best of its own scores, and padding names nobody."""
+    cls = save_tiny("qwen3_moe", tmp_path / "model", num_hidden_layers=4)
+    (tmp_path / "arenas").mkdir()
+    served = Served(tmp_path / "model", tmp_path / "arenas")
+    whole = cls.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with served.store():
+        executor = Executor(ExecutorSpec(served.spec, task(), served.arena, 0, "lru", "cpu", 1, background=False))
+        executor.ready()
+        ahead = NextLayer(executor._device.model, served.spec.shape.experts, 4)
+        executor.close()
+    assert ahead.reaches_all
+    assert [ahead.reaches(layer) for layer in range(4)] == [False, True, True, False]
+    hidden, real = torch.randn(5, 32), torch.tensor([True, True, False, True, False])
+    best = (hidden[real] @ whole.model.layers[3].mlp.gate.weight.T).topk(2, dim=-1).indices
+    assert ahead.named(2, hidden, real).tolist() == [*torch.bincount(best.reshape(-1), minlength=8).tolist(), 2 * 2]

@@ -24,7 +24,7 @@ def test_on_a_gpu_it_asks_link_layer_and_start(tmp_path, arena_dir):
     given = [f"store.directory={arena_dir}", f"output_dir={tmp_path}", "device=cuda"]
     assert probe.main(["configs/quickstart.yaml", *given]) == 0
     found = json.loads((tmp_path / "probe.json").read_text())
-    assert {row["block_bytes"] for row in found["link"]} > {2**16, 2**26}
+    assert {row["block_bytes"] for row in found["link"]} >= {2**16, 2**20}
     assert all(0 < row["arena"] < 1000 for row in found["link"])
     assert all(row["slots_ms"] > 0 and row["in_place_ms"] > 0 for row in found["layer"])
     assert not list(arena_dir.iterdir())  # store.keep is false

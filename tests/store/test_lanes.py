@@ -107,7 +107,7 @@ def recorder(arena: Arena, monkeypatch) -> Recorder:
 
 @pytest.fixture
 def cuda_lanes(arena: Arena, recorder: Recorder) -> CudaLanes:
-    return CudaLanes(arena, recorder.slots, recorder.table, SimpleNamespace(cuda_stream="compute"))
+    return CudaLanes(arena, recorder.slots, recorder.table, SimpleNamespace(cuda_stream="compute", device=CPU))
 
 
 def test_a_copy_its_entry_and_its_mark_are_given_to_the_copy_lane_in_this_order(cuda_lanes, recorder):

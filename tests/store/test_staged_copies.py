@@ -140,7 +140,7 @@ def test_the_lanes_of_a_gpu_copy_and_point_and_withdraw(tmp_path, monkeypatch, o
     if on_device:  # as far as anybody can see
         memory = SimpleNamespace(device=torch.device("cuda"))
         there = SimpleNamespace(memory=memory, count=2, address=slots.address)
-    gpu = ring.CudaRingLanes(made, there, table, SimpleNamespace(cuda_stream=3))
+    gpu = ring.CudaRingLanes(made, there, table, SimpleNamespace(cuda_stream=3, device=CPU))
     assert gpu._ring.numel() == (ring.ENTRIES * 1000 if on_device else 0)
     keys = [(layer, expert) for expert in range(3) for layer in range(3)]
     for turn, key in enumerate(keys):

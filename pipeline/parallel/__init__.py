@@ -1,0 +1,1 @@
+"""Expert parallel: each expert belongs to one Executor, and tokens travel to it."""
