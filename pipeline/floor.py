@@ -71,7 +71,7 @@ class Floor:
         heads = {lane.under_way[0].answer: lane for lane in self._lanes if lane.under_way}
         tables = [job.prediction for job in list(self._asked)[:1] if not self._is_known(job)]
         if len(heads) == 1 and not tables:  # most runs: not asked first whether it is there
-            answers = [self._take(lane, listen) for lane in heads.values()]
+            answers = [self._take(lane, listen if self._alone else None) for lane in heads.values()]
         else:
             ready, _ = ray.wait([*heads, *tables], num_returns=1)
             answers = [self._take(heads[ref]) for ref in ready if ref in heads]
@@ -105,9 +105,9 @@ class Floor:
     def _take(self, lane: Lane, listen: Listen | None = None) -> BatchResult | None:
         """What a lane's first batch has come to; None: its Executor is lost, and others will do what it had to do."""
         job = lane.under_way[0]
-        while listen is not None and not ray.wait([job.answer], timeout=LISTEN_S)[0]:
-            listen(job.batch, result(lane.executor.spoken.remote(job.batch.index)))
         try:
+            while listen is not None and not ray.wait([job.answer], timeout=LISTEN_S)[0]:
+                listen(job.batch, result(lane.executor.spoken.remote(job.batch.index)))
             done: BatchResult = result(job.answer)
         except ActorLost:
             self._lose(lane)

@@ -138,7 +138,7 @@ class Machines:
             with contextlib.suppress(RayError):
                 self._look_at_store(machine)
         for id, node in there.items():
-            if id not in self._machines.keys() | self._refused and len(self._machines) < self._most:
+            if id not in self._machines.keys() | self._refused and len(self._machines.keys() - self._refused) < self._most:
                 self._join(id, node)
 
     def _look_at_store(self, machine: Machine) -> None:
@@ -158,8 +158,11 @@ class Machines:
         if not count:
             self._refused.add(id)
             return
-        store = start_store(self._wanted.arena, self._wanted.source, self._wanted.placement, node=id)
-        machine = self._machines[id] = Machine(id, _name(node), store)
+        with self._starting:
+            if self._end.is_set():  # nobody would close it
+                return
+            store = start_store(self._wanted.arena, self._wanted.source, self._wanted.placement, node=id)
+            machine = self._machines[id] = Machine(id, _name(node), store)
         self._begin(self._bring, machine, count)
 
     def _bring(self, machine: Machine, count: int) -> None:
@@ -178,6 +181,9 @@ class Machines:
             if not self._end.is_set():
                 self._refused.add(machine.node)
                 self._say(f"machine {machine.name} is not used: {' '.join(str(error).split())}")
+                with contextlib.suppress(RayError):
+                    for executor in machine.executors:  # their GPUs are for others
+                        ray.kill(executor)
             return
         self.used.append(_described(machine))
         self._actors.executors.extend(machine.executors)

@@ -26,7 +26,16 @@ from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
 from pipeline.reports.live import Live
-from pipeline.reports.metrics import batch_metrics, fidelity, miss_path, prediction_metrics, resident_peak, stats_of, versions
+from pipeline.reports.metrics import (
+    batch_metrics,
+    executors_counted,
+    fidelity,
+    miss_path,
+    prediction_metrics,
+    resident_peak,
+    stats_of,
+    versions,
+)
 from pipeline.reports.output import PREDICTIONS, InOrder, OutputDir, check_writable
 from pipeline.reports.page import report
 from pipeline.reports.said import mb, say, say_plan, say_results
@@ -223,7 +232,7 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
             "device": prepared.device,
             "expert_bytes": {
                 "total": prepared.layout.expert_bytes,
-                "budget": prepared.budget_bytes * config.executors,
+                "budget": prepared.budget_bytes * executors_counted(stats, config.executors),
                 "resident_peak": resident_peak(stats),
                 "stand_ins": prepared.stand_in_bytes,
             },
@@ -243,9 +252,10 @@ def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo
 def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:
     stats = stats_of(entry for entry in entries if entry["batch"] < len(prepared.batches))
     second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
+    slots = prepared.slots * executors_counted(stats, prepared.config.executors)
     return {
         "timeline.json": timeline(stats),
-        "report.html": report(metrics, stats, second or stats, prepared.model.shape, prepared.slots * prepared.config.executors),
+        "report.html": report(metrics, stats, second or stats, prepared.model.shape, slots),
     }
 
 

@@ -87,6 +87,11 @@ def resident_peak(stats: list[BatchStats]) -> int:
     return sum(max(s.resident_peak_bytes for s in stats if s.executor == number) for number in numbers)
 
 
+def executors_counted(stats: list[BatchStats], executors: int) -> int:
+    """How many have a budget each: as many as the config asks for, or as have answered, here and elsewhere, now and before."""
+    return max(executors, len({s.executor for s in stats}))
+
+
 def miss_path(stats: list[BatchStats]) -> dict[str, Any]:
     """How experts were reached that were in no slot; "staged" and why, if any batch of any sitting had to."""
     for s in stats:

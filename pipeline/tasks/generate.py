@@ -70,7 +70,7 @@ class Generate:
             )
         stop = {_token(tokenizer, word, "generate.stop") for word in sampling.stop} | set(spec.stop)
         first = _token(tokenizer, sampling.first, "generate.first") if sampling.first is not None else None
-        return cls(
+        task = cls(
             sampling,
             pad,
             tuple(sorted(stop)),
@@ -80,6 +80,9 @@ class Generate:
             spec.tokenizer.absolute(),
             config.seed,
         )
+        if config.cluster.nodes != 1:
+            task._tokenizer  # noqa: B018 (read now, it travels along: other machines may not have its directory)
+        return task
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens: int) -> tuple[list[Encoded], int]:
         """With the special tokens that the tokenizer adds by itself, but no stop token behind what a decoder is to continue."""

@@ -365,3 +365,15 @@ def test_a_task_travels_without_its_tokenizer(model):
     task = Generate(Sampling(), 0, (STOP,), None, None, None, model[0], 0)
     assert len(pickle.dumps(task)) < 2000
     assert task.text([867]) == pickle.loads(pickle.dumps(task)).text([867])
+
+
+def test_to_other_machines_a_task_takes_its_tokenizer_along(tmp_path, model):
+    import pickle
+
+    directory = tmp_path / "model"
+    shutil.copytree(model[0], directory)
+    task = prepare(config(tmp_path, directory, cluster={"nodes": "all"})).task
+    travelled = pickle.dumps(task)
+    said = task.text([867])
+    shutil.rmtree(directory)
+    assert pickle.loads(travelled).text([867]) == said

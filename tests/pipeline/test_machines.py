@@ -81,6 +81,8 @@ def test_machines_join_with_and_without_the_checkpoint_and_leave_in_the_middle(n
     assert predictions(plain) == alone
     assert [machine["came_by"] for machine in metrics["machines"]] == ["checkpoint", "checkpoint", "transfer"]
     assert [one["executor"] for one in metrics["executors"]] == [0, 1, 2]
+    assert metrics["expert_bytes"]["resident_peak"] <= metrics["expert_bytes"]["budget"]
+    assert "The budget was kept" in (Path(plain["output_dir"]) / "report.html").read_text()
     assert metrics["lost"]["machines"] == 1
     assert metrics["lost"]["executors"] <= 1  # it may have had nothing to do
     assert list(nodes.arenas("second").iterdir()) == []

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from pipeline.batch_result import BatchResult, BatchStats
-from pipeline.reports.metrics import PACKAGES, batch_metrics, fidelity, miss_path, stats_of, versions
+from pipeline.reports.metrics import (
+    PACKAGES,
+    batch_metrics,
+    executors_counted,
+    fidelity,
+    miss_path,
+    resident_peak,
+    stats_of,
+    versions,
+)
 from predictor.accuracy import Accuracy
 
 MS = 1_000_000
@@ -36,6 +45,13 @@ def stats(**changes) -> BatchStats:
         accuracy=Accuracy([5, 1], [9, 3], [10, 10]),
     )
     return dataclasses.replace(plain, **changes)
+
+
+def test_executors_of_other_machines_have_a_budget_too():
+    every = [stats(executor=number) for number in (0, 2, 2)]
+    assert resident_peak(every) == 8
+    assert executors_counted(every, 1) == 2, "of 4 bytes each"
+    assert executors_counted(every, 4) == 4, "who has answered nothing has one, too"
 
 
 def test_sums_and_rates_are_over_all_batches():
