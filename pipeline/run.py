@@ -124,16 +124,18 @@ def run(config: Config) -> dict[str, Any]:
 
 def _stop(store: Any, actors: Actors | None, group: SharedExperts | None, machines: Machines | None, keep: bool) -> None:
     """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
-    with contextlib.suppress(RayError):
-        if group is not None:
-            group.stop()
-        if actors is not None:
-            actors.stop()
+
+    def close() -> None:
         if machines is not None:
             machines.close(keep, PATIENCE_S)
             return
         ray.get(store.close.remote(keep, PATIENCE_S))
         ray.kill(store)
+
+    for end in (group.stop if group is not None else None, actors.stop if actors is not None else None, close):
+        if end is not None:
+            with contextlib.suppress(RayError):  # of each: the others have something to end, too
+                end()
 
 
 def _open(store: Any, prepared: Prepared) -> ArenaInfo:

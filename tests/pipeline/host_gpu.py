@@ -185,7 +185,7 @@ def host_gpu() -> Iterator[None]:
         "Event": HostEvent, "launch": lambda graph, stream: graph(),
     }  # fmt: skip
     torchs = {
-        "set_device": lambda device: None, "init": lambda: None, "Stream": lambda *a: SimpleNamespace(cuda_stream=0),
+        "set_device": lambda device: None, "init": lambda: None, "Stream": lambda *a: SimpleNamespace(cuda_stream=0, device=None),
         "stream": lambda stream: nullcontext(), "synchronize": lambda *a: None, "graph_pool_handle": lambda: None,
         "max_memory_allocated": lambda device: 0,
     }  # fmt: skip
