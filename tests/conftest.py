@@ -20,6 +20,12 @@ torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that start Ray first: they take minutes each, and at the end one core would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "switch-mini-64"
 SENTENCES = (
