@@ -279,6 +279,8 @@ def test_an_input_that_breaks_the_executor_is_an_error_and_no_hang(own_ray, sett
     """Exit code 1: what broke, with its traceback, after all was given back."""
 
     class Broken:
+        forwards = 1
+
         def inputs(self, batch, padded):
             raise ZeroDivisionError("broken task")
 
