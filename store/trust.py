@@ -10,7 +10,6 @@ Knows experts as numbers and nothing of what is done about them. Never makes a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 
 DEGREES = 20
 """Of sureness: what is said with 0.97 is judged apart from what is said with 0.6."""
@@ -37,6 +36,7 @@ class Trust:
         self._experts = experts
         self._expected = [[0.0] * (DEGREES + 1) for _ in experts]
         self._came = [[0.0] * (DEGREES + 1) for _ in experts]
+        self._disappointed = [False] * len(experts)  # some degree of sureness has been too much
         self._usual = [0.0] * len(experts)  # the share of a layer's experts that a batch uses
 
     def worth(self, layer: int, said: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -44,26 +44,31 @@ class Trust:
         usual = self._usual[layer]
         odds = TELLING * usual
         least = min(self.sure, max(self.least, odds / (1 - usual + odds)))
-        share = [min(1.0, (DOUBT + came) / (DOUBT + n)) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
-        if min(share) == 1:  # most predictors that are asked often, most of the time
+        if not self._disappointed[layer]:  # most predictors that are asked often, most of the time
             return [(expert, p) for expert, p in said if p >= least]
+        share = [min(1.0, (DOUBT + came) / (DOUBT + n)) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
         scaled = ((expert, p * share[int(p * DEGREES)]) for expert, p in said if p >= least)
         return [(expert, p) for expert, p in scaled if p >= least]
 
-    def learn(self, layer: int, said: Sequence[tuple[int, float]], used: AbstractSet[int]) -> None:
+    def learn(self, layer: int, said: Sequence[tuple[int, float]], used: set[int]) -> None:
         """
         Args:
             said: of one MoE layer of one batch.
             used: the experts that it then read.
         """
         expected, came = self._expected[layer], self._came[layer]
-        for expert, p in said:
-            if p >= self.least:
-                degree = int(p * DEGREES)
-                expected[degree] += p
-                came[degree] += expert in used
+        certain = [expert for expert, p in said if p == 1]  # all, where tables are true or hash functions sure
+        expected[DEGREES] += len(certain)
+        came[DEGREES] += len(used.intersection(certain))
+        if len(certain) < len(said):
+            for expert, p in said:
+                if self.least <= p < 1:
+                    degree = int(p * DEGREES)
+                    expected[degree] += p
+                    came[degree] += expert in used
         for degree, total in enumerate(expected):
             if total > MEMORY:
                 expected[degree] /= 2
                 came[degree] /= 2
+        self._disappointed[layer] = any(c < n for c, n in zip(came, expected, strict=True))
         self._usual[layer] += RECENT * (len(used) / self._experts[layer] - self._usual[layer])
