@@ -6,6 +6,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 EPILOG = """\
 examples:
@@ -106,32 +110,39 @@ Removes the arenas of this user that no process holds, in shared memory and on d
 warm start, and what a killed run left behind. Says what it freed."""
 
 
-def _run(options: argparse.Namespace) -> None:
+def _config(options: argparse.Namespace) -> Config:
+    """Before the command itself is imported: a key that is not known needs no torch, and is told at once."""
     from pipeline.config import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _config(options)
     from pipeline.run import run
 
-    run(load_config(options.config, options.overrides))
+    run(config)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from pipeline.config import load_config
+    config = _config(options)
     from pipeline.predicting.train import train
 
-    train(load_config(options.config, options.overrides))
+    train(config)
 
 
 def _bench(options: argparse.Namespace) -> None:
+    config = _config(options)
     from pipeline.bench.command import bench
-    from pipeline.config import load_config
 
-    bench(load_config(options.config, options.overrides))
+    bench(config)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from pipeline.config import load_config
+    config = _config(options)
     from pipeline.plan.command import plan
 
-    plan(load_config(options.config, options.overrides))
+    plan(config)
 
 
 def _clean(options: argparse.Namespace) -> None:

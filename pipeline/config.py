@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.check_config import check_config
 from pipeline.errors import ConfigError
 from pipeline.read_config import apply, build
 from pipeline.tasks.sampling import Sampling
-from predictor.training import TrainSettings
+from predictor.settings import TrainSettings
 
 
 def _budget(value: Any) -> Any:
@@ -247,6 +246,8 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     for override in overrides:
         apply(data, override)
     config = parse(data, str(path))
+    from pipeline.check_config import check_config  # here: it knows all policies and predictors, and with them torch, for seconds
+
     check_config(config, str(path))
     return config
 

@@ -13,10 +13,11 @@ import torch
 
 from predictor.matrices import FLOAT, Matrices
 from predictor.registry import HashPredictor
+from predictor.settings import TrainSettings
 from predictor.stand_ins import StandIns, again
 from predictor.tokens import RoutingShape, TokenBatch
 from predictor.traces import Trace
-from predictor.training import TrainSettings, order_loss
+from predictor.training import order_loss
 
 Route = Callable[[TokenBatch], list[torch.Tensor]]
 """A rehearsal with gradients: per MoE layer the router's logits of real tokens, (tokens, experts)."""

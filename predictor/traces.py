@@ -152,8 +152,17 @@ def load_checked(path: Path, kind: str, identity: str | None) -> tuple[dict[str,
 
 def file_kind(path: Path) -> str | None:
     """What a file of `save_atomically` says that it is; None: there is no such file, or it does not say."""
+    return _metadata(path).get("kind")
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity of the routers that such a file was made for; None as in `file_kind`."""
+    return _metadata(path).get("identity")
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="np") as f:
-            return (f.metadata() or {}).get("kind")
+            return f.metadata() or {}
     except (OSError, SafetensorError):
-        return None
+        return {}

@@ -16,8 +16,26 @@ from store.layout import Key
 
 
 def parse_budget(budget: str, expert_bytes: int, slot_bytes: int, free: int, key: str = "store.budget") -> int:
-    """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots; see `parse_bytes`."""
-    return parse_bytes(budget, expert_bytes, free, key) // slot_bytes
+    """How many slots a budget such as "2GiB", "20%", "0" or "auto" buys, rounded down to whole slots; see `parse_bytes`.
+
+    Raises:
+        SpaceError: also for a number without a unit that is less than one slot: nobody means 5 bytes.
+    """
+    nbytes = parse_bytes(budget, expert_bytes, free, key)
+    bare = _bare_number(budget)
+    if 0 < bare < slot_bytes:
+        share = f"{100 * bare if bare < 1 else bare:g}%"
+        meant = f'"{share}" or "{bare:g}GB"' if bare <= 100 else 'a share such as "20%" or a size such as "2GiB"'
+        raise SpaceError(f"{key}: {budget!r} is {bare:g} bytes, less than one expert's {slot_bytes}; write {meant}")
+    return nbytes // slot_bytes
+
+
+def _bare_number(budget: str) -> float:
+    """What a budget without a unit says; 0: it has one."""
+    try:
+        return float(budget)
+    except ValueError:
+        return 0.0
 
 
 def parse_bytes(budget: str, expert_bytes: int, free: int, key: str) -> int:

@@ -19,6 +19,7 @@ from pipeline.plan.expected import MIN, Expected, Pace, expect, knee, moves_when
 from pipeline.plan.footprint import Footprint, footprint, gb
 from pipeline.plan.link import measure
 from pipeline.plan.picture import draw
+from pipeline.plan.provenance import provenance
 from pipeline.plan.recorded import Recorded, replay
 from pipeline.plan.trial import SAMPLED, tried
 from pipeline.prepare import load_tokenizer
@@ -38,12 +39,13 @@ def plan(config: Config) -> dict[str, Any]:
     check_lasting(output)
     known = footprint(config)
     budgets = _budgets(config, known)
-    recorded, task = None, None
+    recorded, task, origin = None, None, None
     if config.plan.trace is not None:
         task = make_task(config, known.model, load_tokenizer(known.model.tokenizer))
         recorded = replay(config, known.model)
+        origin = provenance(config, known.model, task, recorded.batches)
     _check_writable(output)
-    for line in known.sentences():
+    for line in known.sentences() + ([] if origin is None else origin.warnings(config)):
         print(line)
     link = measure(known.directory, known.layout.slot_bytes, known.device)
     print(_of_the_link(known, link))
@@ -57,7 +59,7 @@ def plan(config: Config) -> dict[str, Any]:
     else:
         print("no plan.trace: how many experts must move is not known; record one with `train`, predictor.kind=oracle")
     best = _knee(config, rows)
-    report = _report(known, rows, best, link, pace)
+    report = _report(known, rows, best, link, pace) | {"trace": None if origin is None else origin.to_dict()}
     batches = 0 if recorded is None else len(recorded.batches)
     for line in _advice(config, known, rows, pace, batches, report):
         print(line)

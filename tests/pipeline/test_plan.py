@@ -21,11 +21,13 @@ from pipeline.plan import footprint as footprints
 from pipeline.plan.command import plan, table
 from pipeline.plan.expected import MIN, Expected, Pace, Routed, expect, knee, simulated
 from pipeline.plan.footprint import footprint
+from pipeline.plan.provenance import provenance
 from pipeline.plan.recorded import replay
 from pipeline.predicting.train import train
-from pipeline.prepare import prepare
+from pipeline.prepare import load_tokenizer, prepare
 from pipeline.reports.output import OutputDir
 from pipeline.run import run
+from pipeline.tasks.registry import make_task
 from pipeline.weights import hub
 from predictor import traces
 from predictor.actor import timed
@@ -144,8 +146,33 @@ def test_rows_for_every_budget_and_policy_with_the_bound_below(make, trace, aren
     assert bound == sorted(bound, reverse=True) and bound[-1] < bound[0]
     assert list(arena_dir.iterdir()) == [], "nothing of the scratch arena is left"
     shown = capsys.readouterr().out
+    assert report["trace"] == {"rows": 30, "rows_of_data": 30, "same_routers": True} and "warning" not in shown
     for text in ("offloading is pointless", "moves per use", "store.budget=auto would take 100%"):
         assert text in shown
+
+
+def test_a_trace_of_other_data_or_another_model_is_told(make, trace, tmp_path):
+    def told(**changes) -> list[str]:
+        config = make(plan={"trace": trace}, **changes)
+        model = prepare(make()).model if config.data.path == "nowhere.tsv" else prepare(config).model
+        task = make_task(config, model, load_tokenizer(model.tokenizer))
+        return provenance(config, model, task, replay(config, model).batches).warnings(config)
+
+    others = write_tsv(tmp_path / "others.tsv", ["quite another text", "and one more"])
+    assert told() == []
+    assert told(batch={"size": 4, "order": "length"}) == [], "the order of rows is the config's"
+    assert told(data={"limit": 20}) == [
+        f"warning: plan.trace is of other rows: 20 of its 30 are among the 20 of {tmp_path / 'rows.tsv'}, as the config reads them"
+    ]
+    assert told(data={"path": str(others)}) == [
+        f"warning: plan.trace is of other data: none of its 30 rows is among the 2 of {others}, as the config reads them"
+    ]
+    assert "none of its 30 rows" in told(data={"prefix": "sentence: "})[0]
+    assert told(data={"path": "nowhere.tsv"}) == [
+        "whether plan.trace is of the config's data is not known: nowhere.tsv: no such file"
+    ]
+    save_switch(tmp_path / "model", seed=1)
+    assert told() == ["warning: plan.trace was recorded from another model of this shape: its routers are not this model's"]
 
 
 @pytest.mark.parametrize("policy", ["fifo", "lru", "lookahead"])

@@ -21,10 +21,11 @@ from pipeline.prepare import Prepared, made_stand_ins, own_predictor, prepare
 from predictor.distil import Distillation
 from predictor.hash_table import Width
 from predictor.rehearsal import Rehearsal
+from predictor.settings import TrainSettings
 from predictor.stand_ins import load
 from predictor.tokens import TokenBatch
 from predictor.traces import Trace, save_atomically
-from predictor.training import TrainSettings, evaluate, fit
+from predictor.training import evaluate, fit
 from store.actor import ExpertStore
 from store.arena import Arena
 from store.errors import SpaceError

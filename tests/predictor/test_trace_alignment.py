@@ -16,9 +16,10 @@ from pipeline.predicting.train import record
 from pipeline.prepare import prepare
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import Width
+from predictor.settings import TrainSettings
 from predictor.tokens import DECODER, ENCODER
 from predictor.traces import Trace, join
-from predictor.training import TrainSettings, distillation_loss
+from predictor.training import distillation_loss
 from store.actor import ExpertStore
 from tests.conftest import SENTENCES, answers, config_data, save_switch
 

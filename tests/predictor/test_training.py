@@ -14,10 +14,11 @@ from predictor.calibration import inclusion
 from predictor.checkpoint import Checkpoint
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import Width
+from predictor.settings import TrainSettings
 from predictor.token_table import TokenTable
 from predictor.tokens import DECODER, ENCODER, RoutingShape, TokenBatch
 from predictor.traces import LayerTrace, Trace, select
-from predictor.training import LSTMLearner, TrainSettings, calibrate, distillation_loss, evaluate, fit, layer_loss, split
+from predictor.training import LSTMLearner, calibrate, distillation_loss, evaluate, fit, layer_loss, split
 from tests.predictor.made_traces import ragged, random_trace, trace_by_rule
 
 VOCAB, EXPERTS = 24, 6

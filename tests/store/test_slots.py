@@ -44,7 +44,8 @@ def arena(arena_dir: Path) -> Arena:
         ("8.9MiB", 2),
         ("9 MiB", 3),
         (str(3 * MiB), 1),
-        (str(3 * MiB - 1), 0),
+        (f"{3 * MiB - 1}B", 0),
+        ("5B", 0),
         (f"{3 * MiB}B", 1),
         ("3072KiB", 1),
         ("1.5MB", 0),
@@ -91,6 +92,18 @@ def test_what_is_no_budget_is_refused_in_one_line_that_names_key_and_value(budge
     assert message.startswith(f"store.budget: {budget!r} ")
     assert why in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("budget", "instead"),
+    [("5", '"5%" or "5GB"'), ("0.2", '"20%" or "0.2GB"'), (" 100", '"100%" or "100GB"'),
+     (str(3 * MiB - 1), 'a share such as "20%" or a size such as "2GiB"')],
+)  # fmt: skip
+def test_a_number_of_less_than_one_expert_says_which_unit_to_write(budget, instead):
+    with pytest.raises(SpaceError) as error:
+        parse_budget(budget, EXPERTS, SLOT, FREE)
+    assert str(error.value).startswith(f"store.budget: {budget!r} is ")
+    assert str(error.value).endswith(f" bytes, less than one expert's {SLOT}; write {instead}")
 
 
 @pytest.mark.parametrize(("budget", "needs"), [("20%", 20 * SLOT), ("50MiB", 50 * MiB), ("100%", EXPERTS), ("999GiB", 999 * 2**30)])
