@@ -38,7 +38,8 @@ class HashTable:
         if routing == "exact":
             return self.uses
         deciding = self.deciding().experts
-        return tuple(tuple((int(expert), 1.0) for expert in np.unique(layer[layer >= 0])) for layer in deciding)
+        named = (np.flatnonzero(np.bincount(layer[layer >= 0])) for layer in deciding)  # np.unique sorts, ten times as long
+        return tuple(tuple((expert, 1.0) for expert in layer.tolist()) for layer in named)
 
     def deciding(self) -> HashTable:
         """The table as routing: experts that add nothing to a token are left out."""

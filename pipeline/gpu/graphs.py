@@ -3,7 +3,7 @@
 A forward is recorded in two ways. `whole` is one graph, for when all that the tables want is in slots. `pieces` are cut at every
 boundary between a router and its experts, so that between two of them the host may wait for copies, and evictions take
 effect; for each boundary there is one graph more, a part of the layer: it computes the experts that are in slots and have not been
-computed, and is replayed as often as that is worth it, or never. All read their inputs from the same buffers, and share one pool
+computed, and is replayed as often as that is worth it, or never. All read the same inputs, and share one pool
 of memory: one runs at a time.
 
 A forward that asks the GPU something while it is recorded, as some models do, cannot be a graph: recording it raises.
@@ -19,12 +19,9 @@ from typing import Any
 import torch
 
 from pipeline.gpu.layers import CurrentForward, DeviceForward
+from pipeline.gpu.packed import Tables
 from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
-from store import cuda
-
-Tables = list[tuple[torch.Tensor, torch.Tensor]]
-"""Per MoE layer the experts of every token and their scaling factors (DeviceForward.tables)."""
 
 
 @dataclass
@@ -73,7 +70,7 @@ class GraphedForward:
     ):
         """
         Args:
-            inputs, tables: buffers on the device, refilled before every run.
+            inputs, tables: on the device, where they stay; whoever runs the graphs has filled them.
             pool: torch.cuda.graph_pool_handle(), of all graphs.
             stream: to record on; nobody else uses it.
         """
@@ -81,15 +78,6 @@ class GraphedForward:
         self._forward, self._current, self._pool, self._stream = forward, current, pool, stream
         self.whole: Recorded | None = None
         self.pieces: Recorded | None = None
-
-    def load(self, inputs: Inputs, tables: Tables | None, stream: int) -> None:
-        """Fills the buffers, in the stream's order, from pinned memory that must stay until then."""
-        pairs = [(buffer, inputs[name]) for name, buffer in self.inputs.items()]
-        for buffers, new in zip(self.tables or (), tables or (), strict=True):
-            pairs += zip(buffers, new, strict=True)
-        for buffer, tensor in pairs:
-            assert buffer.dtype == tensor.dtype and tensor.is_contiguous()
-            cuda.copy_to_device(buffer.data_ptr(), tensor.data_ptr(), tensor.nbytes, stream)
 
     def record(self, whole: bool, pieces: bool) -> bool:
         """Makes the graphs that will be needed, unless they are there.

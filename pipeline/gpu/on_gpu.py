@@ -21,8 +21,9 @@ import torch
 from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.expert_shape import ExpertShape
-from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs, Tables
+from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
+from pipeline.gpu.packed import Packed, Packing, Tables
 from pipeline.gpu.work import GPUWork
 from pipeline.gpu.writing import GPUWriting, Replays
 from pipeline.inputs import Hear, Inputs
@@ -99,7 +100,8 @@ class OnGPU:
             self.lanes = CudaRingLanes(arena, slots, table, self.stream)
             staged = StagedReadAheadEngine if spec.read_ahead else StagedCopyEngine
             self.engine = staged(arena, slots, policy, self.lanes, on_device)
-        self._graphs: dict[tuple, GraphedForward | None] = {}
+        self._graphs: dict[Packing, tuple[GraphedForward, torch.Tensor] | None] = {}
+        """By shape, the graphs and the memory that they read; None: there can be none."""
         self._pool = torch.cuda.graph_pool_handle()
         self._recording = torch.cuda.Stream(device)
         self._context = cuda.context()
@@ -158,33 +160,37 @@ class OnGPU:
         finally:
             self._registered.close()
 
-    def forward(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None) -> tuple[Outputs, str]:
+    def forward(self, batch: int, host: Packed, top_t: int | None) -> tuple[Outputs, str]:
         """Enqueues a forward: as a graph when its shape has been seen before.
+
+        Args:
+            host: has to stay until the batch has ended.
 
         Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
         """
         if self.spec.exchange is not None:  # which asks the GPU for sizes
             self.counters.both.zero_()  # a layer may get no token
-            return self._eager(batch, host, tables, top_t, "experts at other Executors")
-        key = (tuple(tensor.shape for tensor in host.values()), tables is not None)
+            return self._eager(batch, host, top_t, "experts at other Executors")
         if top_t is not None:
-            return self._eager(batch, host, tables, top_t, "traced")
-        if key not in self._graphs:
-            self._graphs[key] = self._graphed(host, tables)
-            return self._eager(batch, host, tables, None, "first of its shape")
-        graphed = self._graphs[key]
-        if graphed is None:
-            return self._eager(batch, host, tables, None, "not recordable")
+            return self._eager(batch, host, top_t, "traced")
+        shape = host.packing
+        if shape not in self._graphs:
+            self._graphs[shape] = self._graphed(shape)
+            return self._eager(batch, host, None, "first of its shape")
+        known = self._graphs[shape]
+        if known is None:
+            return self._eager(batch, host, None, "not recordable")
+        graphed, memory = known
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
             if graphed.record(whole=not self.asks or complete, pieces=not complete):
                 self.look_at_memory()
         except RuntimeError as error:
-            self._graphs[key] = None
+            self._graphs[shape] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
-            return self._eager(batch, host, tables, None, f"not recordable: {str(error).splitlines()[0]}")
+            return self._eager(batch, host, None, f"not recordable: {str(error).splitlines()[0]}")
         stream = self.stream.cuda_stream
-        graphed.load(host, tables, stream)
+        cuda.copy_to_device(memory.data_ptr(), host.memory.data_ptr(), shape.nbytes, stream)
         if graphed.whole is not None and self.engine.is_ready(batch):
             cuda.launch(graphed.whole.pieces[0], stream)
             outputs = graphed.whole.outputs
@@ -214,24 +220,22 @@ class OnGPU:
     def _done(self, batch: int, layer: int, in_part: bool) -> None:
         (self.engine.read if in_part else self.engine.passed)(batch, layer)
 
-    def _eager(self, batch: int, host: Inputs, tables: Tables | None, top_t: int | None, reason: str) -> tuple[Outputs, str]:
+    def brought(self, host: Packed) -> tuple[Inputs, Tables | None]:
+        """A batch's tensors on the device, for a forward that is not recorded."""
+        return host.packing.views(host.memory.to(self._device, non_blocking=True))
+
+    def _eager(self, batch: int, host: Packed, top_t: int | None, reason: str) -> tuple[Outputs, str]:
         self.eager_because[reason] = self.eager_because.get(reason, 0) + 1
-        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in host.items()}
-        moved = None
-        if tables is not None:
-            moved = [(experts.to(self._device), weights.to(self._device)) for experts, weights in tables]
+        inputs, tables = self.brought(host)
         masks = [inputs[name] for name in MASKS if name in inputs]
         now = self._current.forward = DeviceForward(
-            masks, moved, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
+            masks, tables, partial(self._routed, batch), partial(self.engine.stage, batch), partial(self._done, batch), top_t
         )
         outputs = Outputs.of(self.spec.task.forward(self.model, inputs), now, [])
         self.look_at_memory()
         return outputs, f"eager: {reason}"
 
-    def _graphed(self, host: Inputs, tables: Tables | None) -> GraphedForward:
-        inputs = {name: torch.empty_like(tensor, device=self._device) for name, tensor in host.items()}
-        buffers = None
-        if tables is not None:
-            buffers = [(torch.empty_like(e, device=self._device), torch.empty_like(w, device=self._device)) for e, w in tables]
+    def _graphed(self, shape: Packing) -> tuple[GraphedForward, torch.Tensor]:
+        memory = torch.empty(shape.nbytes, dtype=torch.uint8, device=self._device)
         forward = partial(self.spec.task.forward, self.model)
-        return GraphedForward(forward, inputs, buffers, self._current, self._pool, self._recording)
+        return GraphedForward(forward, *shape.views(memory), self._current, self._pool, self._recording), memory

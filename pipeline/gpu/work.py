@@ -12,8 +12,9 @@ import torch
 
 from pipeline.data import Batch
 from pipeline.device import Answer
-from pipeline.gpu.graphs import MASKS, Tables
+from pipeline.gpu.graphs import MASKS
 from pipeline.gpu.grouping import tiles_for
+from pipeline.gpu.packed import Packed
 from predictor.hash_table import HashTable
 from store import cuda
 
@@ -30,9 +31,8 @@ class GPUWork:
         masks = [host[name].numpy().reshape(-1) for name in MASKS if name in host]
         self._real = [np.flatnonzero(mask) for mask in masks]
         self._tokens = [len(mask) for mask in masks]
-        # Pinned: a copy from other memory waits for all that the GPU has been given before.
-        self._inputs = {name: tensor.pin_memory() for name, tensor in host.items()}
-        self._tables = self._padded(table) if table is not None else None
+        streams = gpu.spec.model.shape.streams
+        self._host = Packed.of(host, table, self._real, self._tokens, streams, gpu.model.dtype)  # until the GPU has ended the batch
 
     def start(self) -> None:
         gpu = self._gpu
@@ -41,7 +41,7 @@ class GPUWork:
         with torch.cuda.stream(gpu.stream):
             self._begun = cuda.Event(stream)
             try:
-                outputs, self._how = gpu.forward(self._batch, self._inputs, self._tables, self._top_t)
+                outputs, self._how = gpu.forward(self._batch, self._host, self._top_t)
                 self._results = outputs.results.to("cpu", non_blocking=True)
                 self._chosen = outputs.chosen.to("cpu", non_blocking=True) if outputs.chosen is not None else None
                 self._counters = gpu.counters.both.to("cpu", non_blocking=True)
@@ -70,29 +70,21 @@ class GPUWork:
         layers = np.split(chosen, ends[:-1])
         return [layer[self._real[stream]] for layer, stream in zip(layers, model.streams, strict=False)]
 
-    def _padded(self, table: HashTable) -> Tables:
-        """A hash table for padded tokens; padding has no expert."""
-        tables = []
-        gpu = self._gpu
-        dtype = gpu.model.dtype
-        for stream, experts, scaling in zip(gpu.spec.model.shape.streams, table.experts, table.scaling, strict=True):
-            everywhere = torch.full((self._tokens[stream], experts.shape[1]), -1, dtype=torch.int64)
-            everywhere[self._real[stream]] = torch.from_numpy(experts.astype(np.int64))
-            weights = torch.zeros(everywhere.shape, dtype=dtype)
-            weights[self._real[stream]] = torch.from_numpy(scaling).to(dtype)
-            tables.append((everywhere.pin_memory(), weights.pin_memory()))
-        return tables
+    @property
+    def _pairs(self) -> list[int]:
+        """Of each MoE layer tokens x experts, padding counted: what its tiles are chosen by."""
+        shape, layers = self._gpu.spec.model.shape, self._host.packing.layers
+        if layers is None:
+            return [self._tokens[stream] * shape.top_k for stream in shape.streams]
+        return [layer.tokens * layer.width for layer in layers]  # a table may name more than a router
 
     def _count(self) -> None:
         """Tells the engine what the kernels found."""
         gpu = self._gpu
-        streams, top_k = gpu.spec.model.shape.streams, gpu.spec.model.shape.top_k
-        # Pairs of each MoE layer, padding counted: what its tiles were chosen by. A hash table may have more than the routers.
-        widths = [experts.shape[1] for experts, _ in self._tables] if self._tables is not None else [top_k] * len(streams)
         counters = self._counters.numpy()
-        for layer, (stream, width, shape) in enumerate(zip(streams, widths, gpu.shapes, strict=True)):
+        for layer, (pairs, shape) in enumerate(zip(self._pairs, gpu.shapes, strict=True)):
             routed, hits = counters[:, layer, : shape.experts]
-            rows = tiles_for(self._tokens[stream] * width, shape).rows
+            rows = tiles_for(pairs, shape).rows
             gpu.engine.counted(layer, routed, hits, -(-routed // rows), self._batch)
 
 

@@ -216,10 +216,7 @@ class GPUWriting(GPUWork):
         stream = gpu.stream.cuda_stream
         with torch.cuda.stream(gpu.stream):
             self._begun = cuda.Event(stream)
-            inputs = {name: tensor.to(gpu.counters.both.device, non_blocking=True) for name, tensor in self._inputs.items()}
-            tables = None
-            if self._tables is not None:
-                tables = [(e.to(gpu.counters.both.device), w.to(gpu.counters.both.device)) for e, w in self._tables]
+            inputs, tables = gpu.brought(self._host)
             masks = [inputs[name] for name in MASKS if name in inputs]
             gpu.counters.both.zero_()
             self._prompt = self._now = self._eagerly(masks, tables, self._top_t)
@@ -284,9 +281,7 @@ class GPUWriting(GPUWork):
         if prompt:
             self._chosen = chosen
         shape = gpu.spec.model.shape
-        widths = [experts.shape[1] for experts, _ in self._tables] if prompt and self._tables else [shape.top_k] * shape.layers
-        rows = self._tokens if prompt else [len(tokens)] * len(self._tokens)
-        pairs = [rows[stream] * width for stream, width in zip(shape.streams, widths, strict=True)]
+        pairs = self._pairs if prompt else [len(tokens) * shape.top_k] * shape.layers
         ended = cuda.Event(gpu.stream.cuda_stream)
         self._under_way.append(Said(ended, host, counters, chosen, self._awake, pairs, self._number))
         if self._is_late and len(self._under_way) < 2:

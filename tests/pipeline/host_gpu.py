@@ -41,17 +41,17 @@ class HostGraphs:
     refused: str | None = None
 
     def __init__(self, forward: Callable, inputs: dict, tables: Any, current: Any, pool: Any, stream: Any):
-        self.inputs, self._forward, self._current = inputs, forward, current
+        self.inputs, self._tables, self._forward, self._current = inputs, tables, forward, current
         self.whole: Recorded | None = None
         self.pieces: Recorded | None = None
 
-    def record(self, whole: bool, pieces: bool) -> None:
+    def record(self, whole: bool, pieces: bool) -> bool:
         if HostGraphs.refused and (whole or pieces):
             raise RuntimeError(HostGraphs.refused)
         ahead = self._current.ahead
         if whole and self.whole is None:
-            outputs = Outputs(torch.zeros(0), None, [], [])
-            self.whole = Recorded([lambda: self._run(outputs, ahead, lambda layer: False)], [], outputs, [])
+            all_of = Outputs(torch.zeros(0), None, [], [])
+            self.whole = Recorded([lambda: self._run(all_of, ahead, lambda layer: False)], [], all_of, [])
         if pieces and self.pieces is None:
             outputs = Outputs(torch.zeros(0), None, [], [])
             cut = Cut(lambda boundary: self._run(outputs, ahead, boundary))
@@ -59,6 +59,7 @@ class HostGraphs:
             rest = [lambda: cut.go(False)] * layers
             parts = [lambda: cut.go(True)] * layers
             self.pieces = Recorded([cut.begin, *rest], parts, outputs, [])
+        return False
 
     def _layers(self) -> list[int]:
         seen: list[int] = []
@@ -68,18 +69,22 @@ class HostGraphs:
     def _run(self, outputs: Outputs, ahead: Any, boundary: Callable[[int], bool], dry: bool = False) -> None:
         kept = [(layer.cumulative_length.clone(), layer.keys.clone(), layer.values.clone()) for layer in self._cache()]
         outputs.counts.clear()
-        masks = [self.inputs[name] for name in MASKS if name in self.inputs]
-        now = DeviceForward(masks, None, lambda layer, c: outputs.counts.append(c), boundary, lambda layer, in_part: None)
+        inputs, tables = self.inputs, self._tables
+        if dry:  # what is recorded reads nothing, and nothing may be there yet
+            inputs, tables = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}, None
+        masks = [inputs[name] for name in MASKS if name in inputs]
+        now = DeviceForward(masks, tables, lambda layer, c: outputs.counts.append(c), boundary, lambda layer, in_part: None)
         self._current.forward, self._current.ahead = now, ahead
         with torch.inference_mode():
-            new = Outputs.of(self._forward(self.inputs), now, outputs.counts)
+            new = Outputs.of(self._forward(inputs), now, outputs.counts)
             outputs.results, outputs.chosen = new.results, new.chosen
             if dry:
                 for layer, (length, keys, values) in zip(self._cache(), kept, strict=True):
                     layer.cumulative_length.copy_(length), layer.keys.copy_(keys), layer.values.copy_(values)
 
     def _cache(self) -> list:
-        return self._forward.__self__.cache.layers
+        step = getattr(self._forward, "__self__", None)  # else it is no step of a text that is written
+        return step.cache.layers if step is not None else []
 
 
 class HostKernels:
@@ -170,7 +175,7 @@ class Cut:
 def host_gpu() -> Iterator[None]:
     """While it is entered, an Executor whose device is "cpu" has the code of a GPU under it."""
     import pipeline.executor
-    from pipeline.gpu import layers, on_gpu, writing
+    from pipeline.gpu import layers, on_gpu, packed, writing
     from store import cuda
 
     def store(address: int, value: int, stream: int) -> None:
@@ -192,8 +197,9 @@ def host_gpu() -> Iterator[None]:
     with (
         mock.patch.multiple(cuda, **host),
         mock.patch.multiple(torch.cuda, **torchs),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(packed, "pinned", lambda nbytes: torch.full((nbytes,), 255, dtype=torch.uint8)),
         mock.patch.object(writing, "GraphedForward", HostGraphs),
+        mock.patch.object(on_gpu, "GraphedForward", HostGraphs),
         mock.patch.multiple(layers, grouping=HostKernels, kernels=HostKernels),
         mock.patch.object(pipeline.executor, "_make_device", on_gpu.OnGPU),
     ):
