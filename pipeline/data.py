@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Row:
     label: str | None = None
     """A key of the config's `labels`."""
     target: str | None = None
+    line: int | None = field(default=None, compare=False)
+    """Of a .txt file, where blank lines are no rows; the first is 1."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
         raise DataError(f"{path}: {error.strerror}") from None
     rows = []
     texts = config.text if isinstance(config.text, list) else [config.text]
-    for number, record in enumerate(_records(path, _decode(path, raw)), start=1):
+    for number, (line, record) in enumerate(_records(path, _decode(path, raw)), start=1):
         if config.limit is not None and number > config.limit:
             break
 
@@ -116,10 +118,22 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
         if label is not None and labels and label not in labels:
             raise DataError(f"{path}: row {number} has label {label!r}; `labels` knows {', '.join(labels)}")
         pair = " ".join(fields[1 : len(texts)]) or None
-        rows.append(Row(config.prefix + fields[0], pair, label, fields[-1] if config.target else None))
+        rows.append(Row(config.prefix + fields[0], pair, label, fields[-1] if config.target else None, line))
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
+
+
+def blank_lines(rows: list[Row]) -> int:
+    """Of a .txt file, between its rows and before them."""
+    last = rows[-1].line
+    return 0 if last is None else last - len(rows)
+
+
+def place(rows: list[Row], index: int) -> str:
+    """Where to look for a row, for messages."""
+    line = rows[index].line
+    return f"row {index + 1}" + (f", line {line}" if line is not None and line != index + 1 else "")
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -132,11 +146,13 @@ def _decode(path: Path, raw: bytes) -> str:
         ) from None
 
 
-def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
+def _records(path: Path, text: str) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Each row by its columns, and its line where rows are lines that are not blank."""
     # not str.splitlines: U+2028 and the like are characters of a sentence
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     if path.suffix == ".txt":
-        yield from ({"text": line} for line in lines)
+        # blank ones part paragraphs; elsewhere they are rows that lack something
+        yield from ((number, {"text": line}) for number, line in enumerate(lines, start=1) if line.strip())
     elif path.suffix == ".jsonl":
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -147,7 +163,7 @@ def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}: row {number} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}: row {number} is not a JSON object")
-            yield record
+            yield None, record
     else:
         csv.field_size_limit(2**30)  # the module's default refuses a passage of 128 KiB
         # a .tsv as GLUE's files: no quoting, a quotation mark is a character
@@ -158,7 +174,7 @@ def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
             for number, cells in enumerate(reader, start=1):
                 if len(cells) != len(header):
                     raise DataError(f"{path}: row {number} has {len(cells)} columns, the first line has {len(header)}")
-                yield dict(zip(header, cells, strict=True))
+                yield None, dict(zip(header, cells, strict=True))
         except csv.Error as error:
             raise DataError(f"{path}: line {reader.line_num} cannot be read: {error}") from None
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import Batch, Row
+from pipeline.data import Batch, Row, place
 from pipeline.errors import ConfigError, DataError
 from pipeline.progress import bar
 
@@ -62,11 +62,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_tokens
                 raise ConfigError(f"batch.max_tokens: {max_tokens} is too few for a text and the tokenizer's own tokens")
     nothing = next((i for i, ids in enumerate(full) if not ids), None)
     if nothing is not None:
-        raise DataError(f"row {nothing + 1}: the tokenizer makes no token of {texts[nothing]!r}; remove the row")
+        raise DataError(f"{place(rows, nothing)}: the tokenizer makes no token of {texts[nothing]!r}; remove the row")
     return [np.array(ids, dtype=np.int64) for ids in full], len(too_long)
 
 
-def check_context(encoded: list[np.ndarray], new_tokens: int, context: int | None) -> None:
+def check_context(encoded: list[np.ndarray], rows: list[Row], new_tokens: int, context: int | None) -> None:
     """
     Raises:
         DataError: a row is longer than the model's context, or would be with so many new tokens.
@@ -75,6 +75,6 @@ def check_context(encoded: list[np.ndarray], new_tokens: int, context: int | Non
         if context is not None and len(ids) + new_tokens > context:
             more = f" and {new_tokens} new ones" if new_tokens else ""
             raise DataError(
-                f"row {i + 1}: {len(ids)} tokens{more} are more than the model's context of {context}; "
+                f"{place(rows, i)}: {len(ids)} tokens{more} are more than the model's context of {context}; "
                 "shorten the row, or cut all of them with batch.max_tokens"
             )

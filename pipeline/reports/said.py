@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import blank_lines
 from pipeline.losses import KINDS
 from pipeline.prepare import Prepared
 from pipeline.reports.output import METRICS, PREDICTIONS
@@ -18,6 +19,8 @@ def say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
     """
     layout, rows, shape = prepared.layout, len(prepared.rows), prepared.model.shape
     say(f"{rows} rows in {len(prepared.batches)} batches from {prepared.config.data.path}")
+    if blank := blank_lines(prepared.rows):
+        say(f"{blank} blank lines between them are no rows: a row's number counts the others")
     if prepared.truncated:
         say(f"{prepared.truncated} texts were longer than {prepared.config.batch.max_tokens} tokens and are cut")
     say(

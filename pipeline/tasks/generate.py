@@ -89,7 +89,7 @@ class Generate:
         ids, truncated = encode_texts(tokenizer, rows, max_tokens)
         if self.start is None:
             ids = [row[:-1] if row[-1] in self.stop and len(row) > 1 else row for row in ids]
-        check_context(ids, 0 if self.start is not None else self.sampling.max_new_tokens, self.context)
+        check_context(ids, rows, 0 if self.start is not None else self.sampling.max_new_tokens, self.context)
         if self.start is None:
             return [Encoded((row,)) for row in ids], truncated
         start = np.array([self.start])

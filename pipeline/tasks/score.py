@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import Batch, Encoded, Row
+from pipeline.data import Batch, Encoded, Row, place
 from pipeline.errors import DataError
 from pipeline.inputs import Inputs, Result, check_context, encode_texts, encoder_decoder_logits, padded_inputs
 from pipeline.tasks.writing import Steps
@@ -95,8 +95,8 @@ class ScoreText:
         ids, truncated = encode_texts(tokenizer, rows, max_tokens)
         single = next((i for i, row in enumerate(ids) if len(row) < 2), None)
         if single is not None:
-            raise DataError(f"row {single + 1}: one token, and a decoder scores all but the first; remove the row")
-        check_context(ids, 0, self.context)
+            raise DataError(f"{place(rows, single)}: one token, and a decoder scores all but the first; remove the row")
+        check_context(ids, rows, 0, self.context)
         return [Encoded((row,), row[1:]) for row in ids], truncated
 
     def inputs(self, batch: Batch, padded: Callable[[int], int]) -> Inputs:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import BatchConfig, DataConfig
-from pipeline.data import Batch, Encoded, Row, cut, make_batches, read_rows
+from pipeline.data import Batch, Encoded, Row, blank_lines, cut, make_batches, place, read_rows
 from pipeline.errors import DataError
 from predictor.tokens import TokenBatch
 
@@ -62,6 +62,20 @@ def test_each_format_gives_its_rows_in_order_whatever_wrote_it(tmp_path, name, c
 def test_a_txt_file_is_a_text_a_line(tmp_path, content):
     rows = read(write(tmp_path, "rows.txt", content), text="text", label=None)
     assert rows == [Row("a good film"), Row("dull")]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u00a0", "\u2003\u3000"])
+def test_blank_lines_of_a_txt_file_are_no_rows_and_are_counted(tmp_path, blank):
+    path = write(tmp_path, "rows.txt", f"{blank}\na\n{blank}\n{blank}\nb\nc\n{blank}\n")
+    rows = read(path, text="text", label=None)
+    assert rows == [Row("a"), Row("b"), Row("c")]
+    assert blank_lines(rows) == 3
+    assert [place(rows, i) for i in range(3)] == ["row 1, line 2", "row 2, line 5", "row 3, line 6"]
+    assert len(read(path, text="text", label=None, limit=2)) == 2
+    plain = read(write(tmp_path, "rows.txt", "a\nb\n"), text="text", label=None)
+    assert blank_lines(plain) == 0 and place(plain, 1) == "row 2"
+    assert "holds no rows" in refused(write(tmp_path, "rows.txt", f"{blank}\n{blank}\n"), text="text", label=None)
+    assert blank_lines(read(write(tmp_path, "rows.tsv", "sentence\tlabel\na\t1\n"))) == 0
 
 
 def test_quotation_marks_in_a_tsv_are_characters(tmp_path):
@@ -179,7 +193,6 @@ def test_an_empty_text_is_refused_with_its_row(tmp_path, blank):
     assert "row 2: 'sentence' is empty" in refused(write(tmp_path, "rows.tsv", f"sentence\tlabel\na\t1\n{blank}\t0\n"))
     content = json.dumps({"sentence": "a", "label": 1}) + "\n" + json.dumps({"sentence": blank, "label": 1}) + "\n"
     assert "row 2: 'sentence' is empty" in refused(write(tmp_path, "rows.jsonl", content))
-    assert "row 2: 'text' is empty" in refused(write(tmp_path, "rows.txt", f"a\n{blank}\nb\n"), text="text", label=None)
 
 
 def test_an_empty_pair_or_target_is_refused_by_its_own_name(tmp_path):
