@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,27 +25,54 @@ examples:
   python runner.py clean
 
 Every key of a config is explained in docs/config.md. A value after a key is YAML, as in the file.
-Exit codes: 0 done; 1 something broke; 2 what was given cannot work, with one line that says why; 130 interrupted.
+Exit codes: 0 done; 1 something broke; 2 what was given cannot work, with one line that says why; 130 interrupted;
+143 stopped by SIGTERM.
 """
+RESUMED, ANEW = "the same command goes on where it stopped", "the same command begins anew"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads and Ray's forks do not mix
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`")  # whom we end at the end is no news
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from pipeline.errors import USER_ERRORS  # here, so that --help answers at once
 
-    try:
-        options.command(options)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    with _sigterm_interrupts() as terminated:
+        try:
+            options.command(options)
+        except USER_ERRORS as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{'stopped by SIGTERM' if terminated else 'interrupted'}; {options.again}", file=sys.stderr)
+            return 143 if terminated else 130
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[list[int]]:
+    """SIGTERM, which Kubernetes, `ray job stop` and `timeout` send, ends what is under way as Ctrl-C does.
+
+    Yields what has come of it so far. A KeyboardInterrupt, since Ray makes one of whatever a handler raises while it waits.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:  # `timeout` sends two, and what has begun to end is to end well
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,20 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, function, short: str, long: str) -> argparse.ArgumentParser:
+    def add(name: str, function, short: str, long: str, again: str = ANEW) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(command=function)
+        command.set_defaults(command=function, again=again)
         return command
 
-    def add_with_config(name: str, function, short: str, long: str) -> None:
-        command = add(name, function, short, long)
+    def add_with_config(name: str, function, short: str, long: str, again: str = ANEW) -> None:
+        command = add(name, function, short, long, again)
         command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to run; see configs/")
         command.add_argument(
             "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
         )
 
-    add_with_config("run", _run, "classify, score or generate over a data set", RUN)
-    add_with_config("train", _train, "trace a model and train its predictor", TRAIN)
+    add_with_config("run", _run, "classify, score or generate over a data set", RUN, RESUMED)
+    add_with_config("train", _train, "trace a model and train its predictor", TRAIN, RESUMED)
     add_with_config("bench", _bench, "compare systems on one workload", BENCH)
     add_with_config("plan", _plan, "what would fit, and how fast, before loading", PLAN)
     clean = add("clean", _clean, "remove arenas that nobody uses", CLEAN)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def cluster(address: str | None, several: bool = False) -> Iterator[None]:
     if several and address and IN_A_JOB not in os.environ:
         quiet["runtime_env"] = {"py_modules": [str(ROOT / package) for package in PACKAGES]}
     try:
-        with _own_logging():
+        with _own_logging(), _own_sigterm():
             if address:
                 ray.init(address=address, **quiet)
             else:
@@ -79,6 +81,23 @@ def _own_logging() -> Iterator[None]:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM does is this process's own affair: Ray's handlers end it without a word."""
+    heard = signal.getsignal(signal.SIGTERM)
+    came = False
+    try:
+        yield
+    except SystemExit:  # that is how: one has come meanwhile
+        came = True
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none
+            signal.signal(signal.SIGTERM, heard)
+    if came:
+        ray.shutdown()
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _probe(address: str) -> None:

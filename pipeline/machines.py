@@ -25,6 +25,8 @@ from store.load import Placement
 from store.weights import Source
 
 LOOK_S = 1.0
+ANSWER_S = 10.0
+"""Who takes longer to say who they are, or to close, has gone with Ray itself, which would be asked for a minute."""
 SENDERS = 3
 """So many other machines are asked for the arena, one after the other."""
 
@@ -98,8 +100,9 @@ class Machines:
         """Ends what is on other machines, then every store, which gives its arena up. Never raises: Ray itself may have gone."""
         with self._starting:
             self._end.set()
-        with contextlib.suppress(RayError):
-            self._part()
+        if self._most > 1:  # a Ray that is gone, too, would not say who is there
+            with contextlib.suppress(RayError):
+                self._part()
         closing = []
         for machine in list(self._machines.values()):
             with contextlib.suppress(RayError):
@@ -109,7 +112,7 @@ class Machines:
                 closing.append((machine.store, machine.store.close.remote(keep, patience_s)))
         for store, closed in closing:
             with contextlib.suppress(RayError):
-                ray.get(closed)
+                ray.get(closed, timeout=patience_s + ANSWER_S)
                 ray.kill(store)
         for thread in self._threads:
             thread.join()
@@ -145,7 +148,7 @@ class Machines:
         """Whether its process is still the same."""
         if machine.arena is None:
             return
-        pid = ray.get(machine.store.pid.remote())
+        pid = ray.get(machine.store.pid.remote(), timeout=ANSWER_S)
         with self._counting:  # one death is one loss, whoever sees it
             restarted, machine.pid = pid != machine.pid, pid
         if restarted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.driver import overlapping, run_batches
 from pipeline.losses import Loss, Told, loss_metrics
-from pipeline.machines import Machine, Machines, Wanted
+from pipeline.machines import ANSWER_S, Machine, Machines, Wanted
 from pipeline.parallel.actors import SharedExperts
 from pipeline.parallel.sharing import check_sharing
 from pipeline.predicting.watch import Watch
@@ -43,7 +43,7 @@ from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
-from store.actor import ArenaInfo
+from store.actor import ArenaInfo, ExpertStore
 
 PATIENCE_S = 5.0
 """How long the arena's removal waits for the Executor's process to end."""
@@ -67,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
         losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
         say_plan(prepared, entries)
-        with cluster(config.cluster.address, several=config.cluster.nodes != 1):
+        with _removed_without_ray(prepared), cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
             actors = machines = group = None
             try:
@@ -122,6 +122,17 @@ def run(config: Config) -> dict[str, Any]:
     return metrics
 
 
+@contextlib.contextmanager
+def _removed_without_ray(prepared: Prepared) -> Iterator[None]:
+    """Whoever ends this process may end Ray's at once, as `timeout` and systemd do, and then no store has removed its arena."""
+    try:
+        yield
+    except BaseException:
+        model = prepared.model
+        ExpertStore(prepared.arena, model.source, model.placement).close(prepared.config.store.keep, PATIENCE_S)
+        raise
+
+
 def _stop(store: Any, actors: Actors | None, group: SharedExperts | None, machines: Machines | None, keep: bool) -> None:
     """Ends the actors and gives the arenas up. Never raises: it may run because Ray itself has gone."""
 
@@ -129,7 +140,7 @@ def _stop(store: Any, actors: Actors | None, group: SharedExperts | None, machin
         if machines is not None:
             machines.close(keep, PATIENCE_S)
             return
-        ray.get(store.close.remote(keep, PATIENCE_S))
+        ray.get(store.close.remote(keep, PATIENCE_S), timeout=PATIENCE_S + ANSWER_S)
         ray.kill(store)
 
     for end in (group.stop if group is not None else None, actors.stop if actors is not None else None, close):

@@ -47,7 +47,7 @@ def there(monkeypatch) -> SimpleNamespace:
             raise RayError("no libc")
         return said
 
-    ray = SimpleNamespace(nodes=lambda: world.nodes, get=lambda said: said, kill=world.killed.append)
+    ray = SimpleNamespace(nodes=lambda: world.nodes, get=lambda said, timeout: said, kill=world.killed.append)
     monkeypatch.setattr(machines_module, "ray", ray)
     monkeypatch.setattr(machines_module, "result", result)
     monkeypatch.setattr(machines_module, "start_store", start_store)
