@@ -13,7 +13,7 @@ from typing import Literal
 
 import ray
 
-from pipeline.actors import Actors, result
+from pipeline.actors import ActorLost, Actors, result
 from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.floor import Floor, Listen
@@ -72,7 +72,7 @@ def overlapping(
     for window, following in zip_longest(left, left[1:]):
         parts, refs = asked.pop()
         asked += [_ask(actors, following)] if following else []
-        predictions: list[Prediction] = result(refs)
+        predictions = [_answer(actors, part, ref) for part, ref in zip(parts, refs, strict=True)]
         tables = row_tables(parts, [prediction.table for prediction in predictions], settings.shape)
         first = int(window[0].rows[0])
         if first not in groupings:
@@ -88,3 +88,20 @@ def overlapping(
 def _ask(actors: Actors, window: list[Batch]) -> tuple[list[TokenBatch], list[ray.ObjectRef]]:
     parts = chunks(window)
     return parts, [actors.predict(part) for part in parts]
+
+
+def _answer(actors: Actors, part: TokenBatch, ref: ray.ObjectRef) -> Prediction:
+    """A table; where the Executor that was to make it has gone, another makes it.
+
+    Raises:
+        ActorLost: all have gone, or the Predictor has, which has no other.
+    """
+    others = len(actors.executors) if actors.predictor is None else 0  # the one that has gone may still be among them
+    for _ in range(others):
+        try:
+            prediction: Prediction = result(ref)
+        except ActorLost:
+            ref = actors.predict(part)
+        else:
+            return prediction
+    return result(ref)
