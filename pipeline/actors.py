@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,12 @@ class Actors:
     Attributes:
         predictor: None: the Executors have the predictor in their own processes.
         executors: those that can be sent work; other machines' come and go (machines.py).
+        pids: of those that have said that they are ready, the process id then: who answers from another has died since.
     """
 
     predictor: Any
     executors: list[Any]
+    pids: dict[Any, int] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -133,7 +135,7 @@ class Actors:
         Raises:
             PredictorError: the predictor's file cannot be used.
         """
-        result([actor.ready.remote() for actor in self._all])
+        self.pids.update(zip(self._all, result([actor.ready.remote() for actor in self._all]), strict=True))
 
     def finish(self) -> None:
         """All is done: the Executors give up the arena."""

@@ -60,10 +60,21 @@ class Lane:
         number, pids: of the Executor and of its processes, once they have answered.
     """
 
-    def __init__(self, executor: Any, slots: int, lookahead: int | Literal["auto"], clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        executor: Any,
+        slots: int,
+        lookahead: int | Literal["auto"],
+        clock: Callable[[], float] = time.perf_counter,
+        pid: int | None = None,
+    ):
+        """
+        Args:
+            pid: of its process when it was ready; None: not known.
+        """
         self.executor = executor
         self.number: int | None = None
-        self.pids: set[int] = set()
+        self.pids: set[int] = set() if pid is None else {pid}
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock

@@ -38,7 +38,8 @@ class Floor:
         self._lanes: list[Lane] = []
         self._asked: deque[Job] = deque()
         """Their tables are made or being made, and no Executor has them yet."""
-        self._predictors: set[int] = set()
+        first = actors.pids.get(actors.predictor)
+        self._predictors = set() if first is None else {first}
         """Process ids seen."""
         self._welcome()
 
@@ -100,7 +101,7 @@ class Floor:
         if len(self._actors.executors) > len(self._lanes):
             known = [lane.executor for lane in self._lanes]
             new = [executor for executor in self._actors.executors if executor not in known]
-            self._lanes += [Lane(executor, self._slots, self._lookahead) for executor in new]
+            self._lanes += [Lane(executor, self._slots, self._lookahead, pid=self._actors.pids.get(executor)) for executor in new]
 
     def _take(self, lane: Lane, listen: Listen | None = None) -> BatchResult | None:
         """What a lane's first batch has come to; None: its Executor is lost, and others will do what it had to do."""

@@ -179,7 +179,7 @@ class Machines:
                 spec = replace(self._wanted.spec, arena=arena.path)
                 machine.executors = start_executors(spec, count, self._numbers, machine.node)
                 self._numbers += count
-            result([executor.ready.remote() for executor in machine.executors])
+            pids = result([executor.ready.remote() for executor in machine.executors])
         except Exception as error:  # whatever it is, the others go on
             if not self._end.is_set():
                 self._refused.add(machine.node)
@@ -189,6 +189,7 @@ class Machines:
                         ray.kill(executor)
             return
         self.used.append(_described(machine))
+        self._actors.pids.update(zip(machine.executors, pids, strict=True))
         self._actors.executors.extend(machine.executors)
         self._say(f"machine {machine.name} has joined: {count} Executors; arena by {arena.came_by}")
 

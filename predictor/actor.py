@@ -40,13 +40,14 @@ class Predictor:
     def _predictor(self) -> HashPredictor:
         return make(self._spec, self._model)
 
-    def ready(self) -> None:
-        """Makes the predictor, here and not in the constructor, whose errors Ray would wrap in its own.
+    def ready(self) -> int:
+        """The process id: answers once the predictor is made, not in the constructor, whose errors Ray would wrap in its own.
 
         Raises:
             PredictorError: see `make`.
         """
         self._predictor  # noqa: B018 (made on first use)
+        return os.getpid()
 
     def predict(self, tokens: TokenBatch) -> Prediction:
         """The table of one batch. Calls may be repeated, and in any order."""

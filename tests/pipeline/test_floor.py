@@ -12,6 +12,7 @@ from pipeline.actors import ActorLost
 from pipeline.batch_result import BatchResult
 from pipeline.data import Batch
 from pipeline.floor import Floor
+from pipeline.losses import Loss
 from predictor.tokens import TokenBatch
 
 
@@ -25,8 +26,15 @@ class Remote:
         return self._word
 
 
-def executor(name: str) -> SimpleNamespace:
-    return SimpleNamespace(execute=Remote(f"{name} answers"), spoken=Remote(f"{name} speaks"))
+class Fake:
+    """An Executor's handle."""
+
+    def __init__(self, name: str):
+        self.execute, self.spoken = Remote(f"{name} answers"), Remote(f"{name} speaks")
+
+
+def executor(name: str) -> Fake:
+    return Fake(name)
 
 
 @pytest.fixture
@@ -51,12 +59,13 @@ def batch(index: int) -> Batch:
     return Batch(index, np.array([index]), TokenBatch(((np.zeros(3, dtype=np.int64),),)))
 
 
-def stats(number: int) -> SimpleNamespace:
-    return SimpleNamespace(executor=number, pid=number, born=0, predictor_pid=None, predicted_uses=1.0, queued=0)
+def stats(number: int, predictor: int | None = None, born: int = 0) -> SimpleNamespace:
+    """Of the process of that number."""
+    return SimpleNamespace(executor=number, pid=number, born=born, predictor_pid=predictor, predicted_uses=1.0, queued=0)
 
 
 def test_whoever_dies_while_it_is_listened_to_leaves_its_batch_to_the_others(words):
-    actors = SimpleNamespace(executors=[executor("first")], predictor=None)
+    actors = SimpleNamespace(executors=[executor("first")], predictor=None, pids={})
     floor = Floor(actors, "exact", 4, 2)
     floor.predict(batch(0), None)
     floor.dispatch()
@@ -78,7 +87,7 @@ def test_whoever_dies_while_it_is_listened_to_leaves_its_batch_to_the_others(wor
 
 
 def test_of_several_nobody_is_listened_to(words):
-    floor = Floor(SimpleNamespace(executors=[executor("first"), executor("second")], predictor=None), "exact", 4, 2)
+    floor = Floor(SimpleNamespace(executors=[executor("first"), executor("second")], predictor=None, pids={}), "exact", 4, 2)
     floor.predict(batch(0), None)
     floor.dispatch()
     words["first answers"] = words["second answers"] = BatchResult(0, [{"index": 0}], stats(0), None)
@@ -86,3 +95,18 @@ def test_of_several_nobody_is_listened_to(words):
     said: list[object] = []
     assert [done.batch for done in floor.done(lambda *what: said.append(what))] == [0]
     assert not said
+
+
+@pytest.mark.parametrize(("executors_pid", "predictors_pid", "died"), [(7, 5, []), (8, 5, ["executor"]), (7, 6, ["predictor"])])
+def test_a_death_before_the_first_answer_is_counted(words, executors_pid, predictors_pid, died):
+    one, predictor = executor("first"), SimpleNamespace
+    actors = SimpleNamespace(executors=[one], predictor=predictor, pids={one: 7, predictor: 5}, predict=lambda tokens: "table")
+    losses: list[Loss] = []
+    floor = Floor(actors, "exact", 4, 2, losses.append)
+    floor.predict(batch(0), None)
+    floor.dispatch()
+    words["table"] = None
+    words["first answers"] = BatchResult(0, [{"index": 0}], stats(executors_pid, predictors_pid, born=2**63), None)
+    assert [done.batch for done in floor.done()] == [0]
+    assert [loss.what for loss in losses] == died
+    assert [loss.redone for loss in losses if loss.what == "executor"] == [1] * (executors_pid != 7)

@@ -30,6 +30,13 @@ class Spec:
     arena: Path = Path("arena")
 
 
+class Started:
+    """An Executor's handle."""
+
+    def __init__(self, node: str):
+        self.node, self.ready = node, remote(node)
+
+
 @pytest.fixture
 def there(monkeypatch) -> SimpleNamespace:
     """nodes: those that Ray knows, as it tells of them; killed: actors; started: of stores the nodes."""
@@ -39,8 +46,8 @@ def there(monkeypatch) -> SimpleNamespace:
         world.started.append(node)
         return store()
 
-    def start_executors(spec: Spec, count: int, first: int, node: str) -> list[SimpleNamespace]:
-        return [SimpleNamespace(node=node, ready=remote(node)) for _ in range(count)]
+    def start_executors(spec: Spec, count: int, first: int, node: str) -> list[Started]:
+        return [Started(node) for _ in range(count)]
 
     def result(said: object) -> object:
         if said == ["bad"]:
@@ -63,7 +70,7 @@ def node(name: str) -> dict[str, object]:
 @pytest.fixture
 def machines(there):
     there.nodes = [node("own")]
-    actors, wanted = SimpleNamespace(executors=[]), Wanted(Spec(), Path("arena"), None, None, 1)
+    actors, wanted = SimpleNamespace(executors=[], pids={}), Wanted(Spec(), Path("arena"), None, None, 1)
     said: list[str] = []
     made = Machines(actors, Machine("own", "own", store(), ARENA, pid=ARENA.pid), wanted, 2, said.append, lambda loss: None)
     made.said, made.actors = said, actors
