@@ -26,6 +26,9 @@ from pipeline.tasks.registry import Task
 from predictor.actor import Prediction
 from predictor.tokens import TokenBatch
 
+NEVER = 2**40
+"""A batch that does not come: what it wants is wanted until it is in slots, however many batches have passed by then."""
+
 Uses = list[list[tuple[int, float]]]
 """Per MoE layer (expert, probability that it is needed), likeliest first."""
 
@@ -60,7 +63,7 @@ class Rank(Executor):
         """
         if self._fits and not self._filled:
             self._filled = True  # all of the share, once; nobody ever has to go
-            self._device.plan(batch.index, [[(expert, 1.0) for expert in layer] for layer in self._own])
+            self._device.plan(NEVER, [[(expert, 1.0) for expert in layer] for layer in self._own])
         elif not self._fits:
             self._device.plan(batch.index, uses_of(self._assignment, self._rank, predictions, routing))
         return self.submit(batch, predictions[self._rank], routing)

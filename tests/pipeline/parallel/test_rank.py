@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from predictor.baselines import Oracle, Random, Worsened
 from predictor.hash_table import HashTable
 from predictor.traces import join
 from store.actor import ExpertStore
+from store.copies import CopyEngine
 from tests.conftest import SENTENCES, TOKENIZER, answers, config_data, save_switch, write_tsv
 from tests.pipeline.test_exactness import assert_equal_results
 from tests.pipeline.tiny_families import save_tiny
@@ -117,6 +120,36 @@ def test_a_share_that_fits_is_resident_and_answers_equal_the_whole_model(world, 
         assert not sum(sum(result.stats.misses) for result in own)
         assert own[-1].stats.resident_peak_bytes == share * slot
         assert sent > 0 and kept > 0
+
+
+def resident_in_the_end(spec: ExecutorSpec, membership: Membership, call: tuple) -> int:
+    """Experts that come to be in slots though no copy is made before the only batch has ended."""
+    choose, late = CopyEngine._next_copy, threading.Event()
+    CopyEngine._next_copy = lambda engine: choose(engine) if late.is_set() else None  # type: ignore[method-assign]
+    rank = Rank(spec, membership)
+    engine = rank._device._engine  # type: ignore[attr-defined]
+    try:
+        rank.step(*call).result()
+        late.set()
+        engine._proceed()
+        for _ in range(6000):
+            if engine.slots.ready_count == engine.slots.count:
+                break
+            time.sleep(0.01)
+        return engine.slots.ready_count
+    finally:
+        CopyEngine._next_copy = choose  # type: ignore[method-assign]
+        rank.close()
+
+
+def test_a_share_comes_whole_however_late_its_copies_are(world, model):
+    plan = model.place(2, "greedy")
+    meeting = MeetingPlace(plan, TIMEOUT_S)
+    calls = Step((model.prepared.batches[0],), (None,), "exact").calls(2)
+    spec = replace(model.prepared.executor_spec(), threads=1)
+    shares = [sum(map(len, plan.own(rank))) for rank in range(2)]
+    given = [(replace(spec, slots=share), meeting.membership(r), calls[r]) for r, share in enumerate(shares)]
+    assert world(resident_in_the_end, given) == shares
 
 
 @pytest.mark.parametrize("tables", ["oracle", "worsened", "random", "none"])
