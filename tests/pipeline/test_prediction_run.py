@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from transformers import SwitchTransformersForConditionalGeneration
 
 from pipeline.cluster import cluster
 from pipeline.config import parse
 from pipeline.predicting.train import train
+from pipeline.prepare import prepare
 from pipeline.run import run
 from predictor.stand_ins import StandIns, load, save
-from tests.conftest import SENTENCES, config_data, read_jsonl, save_switch, write_tsv
+from tests.conftest import SENTENCES, answers, config_data, read_jsonl, save_switch, write_tsv
 
 pytestmark = pytest.mark.slow
 ROWS = [f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(80)]
@@ -47,27 +50,37 @@ def scores(directory: Path) -> np.ndarray:
     return np.array([row["scores"] for row in read_jsonl(directory / "predictions.jsonl")])
 
 
-@pytest.mark.parametrize("device", ["cpu", "executor"])
-def test_answers_are_the_same_whoever_predicts_and_wherever(settings, tmp_path, device):
+def test_answers_are_those_of_the_whole_model_wherever_a_rehearsal_runs(settings, tmp_path, model):
     store = {"budget": "70%", "policy": "lookahead", "directory": str(tmp_path / "arenas")}
-    metrics = run(settings("rehearsed", predictor={"device": device}, store=store))
-    run(settings("by-chance", predictor={"kind": "random"}, store=store))
-    np.testing.assert_allclose(scores(tmp_path / "rehearsed"), scores(tmp_path / "by-chance"), rtol=1e-5, atol=1e-5)
-    assert metrics["prediction"]["kind"] == "rehearsal"
-    assert metrics["prediction"]["per_layer"]["top1"][0] == 1
-    assert metrics["prediction"]["ms_per_batch"] > 0
-    assert (metrics["expert_bytes"]["stand_ins"] > 0) and not list((tmp_path / "arenas").iterdir())
+    whole = SwitchTransformersForConditionalGeneration.from_pretrained(model).eval()
+    prepared = prepare(settings("unused", predictor={"kind": "random"}))
+    truth = {row["index"]: row["scores"] for batch in prepared.batches for row in answers(prepared.task, whole, batch)}
+    for device in ("cpu", "executor"):
+        metrics = run(settings(device, predictor={"device": device}, store=store))
+        np.testing.assert_allclose(scores(tmp_path / device), [truth[i] for i in range(len(ROWS))], rtol=1e-5, atol=1e-5)
+        assert metrics["prediction"]["kind"] == "rehearsal"
+        assert metrics["prediction"]["per_layer"]["top1"][0] == 1
+        assert metrics["prediction"]["ms_per_batch"] > 0
+        assert (metrics["expert_bytes"]["stand_ins"] > 0) and not list((tmp_path / "arenas").iterdir())
 
 
-@pytest.mark.parametrize("routing", ["exact", "hash"])
-def test_a_run_saves_its_trace_and_train_learns_from_it(settings, tmp_path, routing):
-    saved, made = tmp_path / "trace.safetensors", tmp_path / "stand-ins.safetensors"
-    run(settings("first", trace={"save": str(saved)}, routing=routing))
-    assert not (tmp_path / "first" / "trace").exists()
-    train(settings("none", predictor={"path": str(made)}, trace={"load": str(saved)}, train={"holdout": 0.3}))
+def test_a_run_saves_its_trace_whoever_decides_and_train_learns_from_it(settings, tmp_path, model):
+    saved, made = (
+        {routing: tmp_path / f"{routing}.safetensors" for routing in ("exact", "hash")},
+        tmp_path / "stand-ins.safetensors",
+    )
+    for routing, path in saved.items():
+        run(settings(routing, trace={"save": str(path)}, routing=routing))
+        assert not (tmp_path / routing / "trace").exists()
+    exact, hashed = (load_file(path) for path in saved.values())  # under hash routing the routers decide in a second pass
+    assert exact.keys() == hashed.keys()
+    for name, tensor in exact.items():
+        np.testing.assert_allclose(tensor, hashed[name], atol=1e-3, err_msg=name)
+    loaded = {"load": str(saved["hash"])}
+    train(settings("none", predictor={"path": str(made)}, trace=loaded, train={"holdout": 0.3}))
     metrics = run(settings("second", predictor={"path": str(made)}))
     assert metrics["prediction"]["drift"] is None
-    oracle = run(settings("third", predictor={"kind": "oracle", "path": str(saved)}))
+    oracle = run(settings("third", predictor={"kind": "oracle", "path": str(saved["exact"])}))
     assert oracle["prediction"]["top1"] == 1
 
 
