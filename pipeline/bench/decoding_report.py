@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.bench.report import head
+from pipeline.reports.markdown import gb, table
+
 COLUMNS = (
     "system",
     "budget",
@@ -22,13 +25,7 @@ COLUMNS = (
 
 def markdown(report: dict[str, Any]) -> str:
     """The text of bench.md."""
-    lines = [f"Hardware: {report['hardware']}. Versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}."]
-    link, arena = report["link_gb_per_s"], report["arena"]
-    lines.append(
-        f"Experts {_gb(report['expert_bytes'])} GB, backbone {_gb(report['backbone_bytes'])} GB. "
-        f"Arena {'attached warm' if arena['warm_start'] else 'built'} in {arena['seconds']} s. "
-        + (f"Link {link} GB/s." if link else "No link: slots are in the host's memory.")
-    )
+    lines = head(report)
     for at in sorted({row["texts"] for row in report["rows"]}):
         rows = [row for row in report["rows"] if row["texts"] == at]
         some = rows[0]
@@ -37,8 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Text forced from {some['workload']}. A step reads {some['experts_per_token']} experts in all MoE layers together, "
             "over its rows."
         )
-        lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+        lines += ["", *table(COLUMNS, map(_cells, rows))]
     return "\n".join(lines) + "\n"
 
 
@@ -70,13 +66,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         limit,
         first,
         "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
-        "-" if moved is None else f"{_gb(moved['prefetch'] + moved['demand'])} / {_gb(moved['read_in_place'])}",
-        f"{_gb(row['expert_bytes_resident_peak'])} / {_gb(row['device_memory_peak_bytes'])}",
+        "-" if moved is None else f"{gb(moved['prefetch'] + moved['demand'])} / {gb(moved['read_in_place'])}",
+        f"{gb(row['expert_bytes_resident_peak'])} / {gb(row['device_memory_peak_bytes'])}",
         ", ".join(f"{count} {way}" for way, count in (row["graphs"] or {}).items()) or "-",
         errors,
     ]
-
-
-def _gb(nbytes: float | None) -> str:
-    """10**9 bytes, to three digits."""
-    return "-" if nbytes is None else f"{nbytes / 1e9:.3g}"

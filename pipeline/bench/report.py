@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pipeline.reports.markdown import gb, table
 from pipeline.reports.output import write_whole
+from pipeline.reports.picture import figure, save_small
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -38,13 +39,7 @@ DPI, SHADES = 100, 48
 
 def markdown(report: dict[str, Any]) -> str:
     """The text of bench.md."""
-    lines = [f"Hardware: {report['hardware']}. Versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}."]
-    link, arena = report["link_gb_per_s"], report["arena"]
-    lines.append(
-        f"Experts {_gb(report['expert_bytes'])} GB, backbone {_gb(report['backbone_bytes'])} GB. "
-        f"Arena {'attached warm' if arena['warm_start'] else 'built'} in {arena['seconds']} s. "
-        + (f"Link {link} GB/s." if link else "No link: slots are in the host's memory.")
-    )
+    lines = head(report)
     for (model, workload, batch), rows in _sections(report["rows"]).items():
         some = rows[0]
         lines += ["", f"## {model}, {workload}, batch {batch}", ""]
@@ -52,8 +47,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Batches: {some['batches']}, of {some['tokens']} tokens in all; rounds: {len(some['round_ms'])}; "
             f"a batch uses {some['experts_used_per_layer']} experts per MoE layer."
         )
-        lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+        lines += ["", *table(COLUMNS, map(_cells, rows))]
     ratio = report["ray_over_in_process"]
     if ratio is not None:
         lines += ["", "Ray's pipeline, throughput as a share of that of direct calls, median over rounds:", ""]
@@ -61,33 +55,37 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def head(report: dict[str, Any]) -> list[str]:
+    """Lines on what was measured on, and what of."""
+    link, arena = report["link_gb_per_s"], report["arena"]
+    return [
+        f"Hardware: {report['hardware']}. Versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}.",
+        f"Experts {gb(report['expert_bytes'])} GB, backbone {gb(report['backbone_bytes'])} GB. "
+        f"Arena {'attached warm' if arena['warm_start'] else 'built'} in {arena['seconds']} s. "
+        + (f"Link {link} GB/s." if link else "No link: slots are in the host's memory."),
+    ]
+
+
 def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     """Writes throughput.png and memory.png; says what to install where that cannot be done. Returns what was written."""
-    try:
-        from matplotlib.figure import Figure  # an extra, and half a second to import
-        from PIL import Image  # comes with it
-    except ImportError:
-        print("no pictures: they need matplotlib; pip install -e '.[plots]'")
-        return []
     sections = _sections(report["rows"])
     written = []
     for name, panel, height in (("throughput.png", _throughput, 4.0), ("memory.png", _memory, _tallest(sections))):
-        figure = Figure(figsize=(4.2 * len(sections), height), layout="constrained")
+        drawn = figure(4.2 * len(sections), height)
+        if drawn is None:
+            break
         for at, (key, rows) in enumerate(sections.items()):
-            axes = figure.add_subplot(1, len(sections), at + 1)
+            axes = drawn.add_subplot(1, len(sections), at + 1)
             axes.set_title(f"batch {key[2]}", fontsize=10)
             axes.tick_params(labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
             panel(axes, rows)
-        lines, meanings = figure.axes[0].get_legend_handles_labels()
+        lines, meanings = drawn.axes[0].get_legend_handles_labels()
         if lines:  # the same in every panel
-            figure.legend(lines, meanings, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+            drawn.legend(lines, meanings, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         names = dict.fromkeys(f"{Path(model).stem}, {Path(data).name}" for model, data, _ in sections)
-        figure.suptitle("; ".join(names), fontsize=10)
-        whole = BytesIO()
-        figure.savefig(whole, dpi=DPI)
-        Image.open(whole).convert("RGB").quantize(SHADES).save(directory / name, optimize=True)
-        written.append(directory / name)
+        drawn.suptitle("; ".join(names), fontsize=10)
+        written.append(save_small(drawn, directory / name, DPI, SHADES))
     return written
 
 
@@ -102,7 +100,7 @@ def _cells(row: Row) -> list[str]:
     ms, moved, batches = row["ms"], row["copied_bytes"], row["batches"]
     copied = "-"
     if moved is not None:
-        copied = f"{_gb((moved['prefetch'] + moved['demand']) / batches)} / {_gb(moved['read_in_place'] / batches)}"
+        copied = f"{gb((moved['prefetch'] + moved['demand']) / batches)} / {gb(moved['read_in_place'] / batches)}"
     error = f"{row['median_error']:.1e}"
     if row["error_over_transformers"] is not None:
         error += f" ({row['error_over_transformers']:.2f})"
@@ -117,7 +115,7 @@ def _cells(row: Row) -> list[str]:
         "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
         copied,
         "-" if row["link_efficiency"] is None else f"{row['link_efficiency']:.0%}",
-        f"{_gb(row['expert_bytes_resident_peak'])} / {_gb(row['device_memory_peak_bytes'])}",
+        f"{gb(row['expert_bytes_resident_peak'])} / {gb(row['device_memory_peak_bytes'])}",
         predictor,
         _number(row["predict_ms"]),
         error,
@@ -126,11 +124,6 @@ def _cells(row: Row) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _gb(nbytes: float | None) -> str:
-    """10**9 bytes, to three digits."""
-    return "-" if nbytes is None else f"{nbytes / 1e9:.3g}"
 
 
 def _name(row: Row) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pipeline.reports.markdown import table
 from pipeline.reports.output import write_whole
+from pipeline.reports.picture import figure, save_small
 
 Row = dict[str, Any]
 COLOURS = {"round_robin": "#7d8797", "greedy": "#3573cf", "anti_correlation": "#35a892"}
@@ -34,30 +35,26 @@ def markdown(report: dict[str, Any]) -> str:
     for batch, part in dict.fromkeys((row["batch"], row["part"]) for row in rows):
         mine = [row for row in rows if (row["batch"], row["part"]) == (batch, part)]
         lines += ["", f"## Batches of {batch}, {part}", "", f"{mine[0]['batches']} batches.", ""]
-        lines += ["| devices | even | replicas | planned on | " + " | ".join(placements) + " |"]
-        lines += ["|" + "---|" * (4 + len(placements))]
+        cells = []
         for key in dict.fromkeys((row["devices"], row["replicas"], row["planned_on"]) for row in mine):
             found = {row["placement"]: row for row in mine if (row["devices"], row["replicas"], row["planned_on"]) == key}
-            cells = [f"{found[name]['avg_max_load']:.3f} / {found[name]['max_load']:.3f}" for name in placements]
-            lines.append(f"| {key[0]} | {1 / key[0]:.3f} | {key[1]} | {key[2]} | " + " | ".join(cells) + " |")
+            loads = [f"{found[name]['avg_max_load']:.3f} / {found[name]['max_load']:.3f}" for name in placements]
+            cells.append([key[0], f"{1 / key[0]:.3f}", *key[1:], *loads])
+        lines += table(["devices", "even", "replicas", "planned on", *placements], cells)
     return "\n".join(lines) + "\n"
 
 
 def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     """Writes balance.png: bars of Avg Max Load by placement and number of devices, planned on the first half, without replicas if
     there is a row without, Max Load as a mark above; says what to install where that cannot be done. Returns what was written."""
-    try:
-        from matplotlib.figure import Figure  # an extra, and half a second to import
-        from PIL import Image  # comes with it
-    except ImportError:
-        print("no picture: it needs matplotlib; pip install -e '.[plots]'")
-        return []
     least = min(row["replicas"] for row in report["rows"])
     first = report["rows"][0]["planned_on"]
     rows = [row for row in report["rows"] if row["replicas"] == least and row["planned_on"] == first]
     batches, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("batch", "part"))
-    figure = Figure(figsize=(1.2 + 2.8 * len(batches), 1.2 + 2.2 * len(parts)), layout="constrained")
-    panels = figure.subplots(len(parts), len(batches), squeeze=False, sharey=True)
+    drawn = figure(1.2 + 2.8 * len(batches), 1.2 + 2.2 * len(parts))
+    if drawn is None:
+        return []
+    panels = drawn.subplots(len(parts), len(batches), squeeze=False, sharey=True)
     for across, batch in enumerate(batches):
         for down, part in enumerate(parts):
             _panel(panels[down][across], [row for row in rows if (row["batch"], row["part"]) == (batch, part)])
@@ -65,13 +62,10 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     for down, part in enumerate(parts):
         panels[down][0].set_ylabel(f"{part}: busiest device's\nshare of a batch's tokens", fontsize=8)
     bars, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(bars, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    drawn.legend(bars, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     title = f"{Path(report['model']).stem}, {Path(report['workload']).name}: planned on the first half, judged on the second"
-    figure.suptitle(title, fontsize=10)
-    whole = BytesIO()
-    figure.savefig(whole, dpi=DPI)
-    Image.open(whole).convert("RGB").quantize(SHADES).save(directory / "balance.png", optimize=True)
-    return [directory / "balance.png"]
+    drawn.suptitle(title, fontsize=10)
+    return [save_small(drawn, directory / "balance.png", DPI, SHADES)]
 
 
 def _panel(axes: Any, rows: list[Row]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.plan.expected import MIN, Expected
+from pipeline.reports.picture import figure
 
 COLOURS = ("#3573cf", "#d1583a", "#35a892", "#b07a10", "#9c4fa8", "#41399c", "#c0417f")
 MARKS = "os^vDP*"
@@ -18,13 +19,10 @@ def draw(rows: Sequence[Expected], uses: int, knee: str | None, path: Path) -> l
     Args:
         uses: (batch, MoE layer, expert) uses, that moves are a share of.
     """
-    try:
-        from matplotlib.figure import Figure  # an extra, and half a second to import
-    except ImportError:
-        print("no picture: it needs matplotlib; pip install -e '.[plots]'")
+    drawn = figure(7, 4.4)
+    if drawn is None:
         return []
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = drawn.add_subplot()
     policies = [policy for policy in dict.fromkeys(row.policy for row in rows) if policy != MIN]
     for policy, colour, mark in zip(policies, COLOURS * len(policies), MARKS * len(policies), strict=False):
         mine = [row for row in rows if row.policy == policy]
@@ -44,7 +42,7 @@ def draw(rows: Sequence[Expected], uses: int, knee: str | None, path: Path) -> l
     axes.grid(linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    drawn.savefig(path, dpi=110)
     return [path]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pipeline.reports.markdown import table
 from pipeline.reports.output import write_whole
+from pipeline.reports.picture import figure, save_small
 
 Row = dict[str, Any]
 COLOURS = ("#7d8797", "#3573cf", "#b07a10", "#9c4fa8", "#35a892", "#d1583a")
@@ -47,35 +48,30 @@ def _table(title: str, rows: list[Row]) -> list[str]:
         "",
         f"{some['batches']} batches, {some['experts_used_per_layer']} experts used per MoE layer, {some['uses']} uses.",
         "",
-        "| predictor | budget | slots | MIN | " + " | ".join(policies) + " |",
-        "|" + "---|" * (4 + len(policies)),
     ]
+    cells = []
     predictors, budgets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("predictor", "budget"))
     for predictor, budget in product(predictors, budgets):
         mine = {row["policy"]: row for row in rows if (row["predictor"], row["budget"]) == (predictor, budget)}
         any_row = next(iter(mine.values()))
-        cells = [predictor or "-", budget, str(any_row["slots"]), f"{any_row['fewest_moves'] / max(any_row['uses'], 1):.3f}"]
-        cells += [f"{mine[policy]['ratio_to_fewest']:.3f}" for policy in policies]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        bound = f"{any_row['fewest_moves'] / max(any_row['uses'], 1):.3f}"
+        ratios = [f"{mine[policy]['ratio_to_fewest']:.3f}" for policy in policies]
+        cells.append([predictor or "-", budget, any_row["slots"], bound, *ratios])
+    return [*lines, *table(["predictor", "budget", "slots", "MIN", *policies], cells)]
 
 
 def draw(report: dict[str, Any], directory: Path) -> list[Path]:
     """Writes simulate.png: moves per use over the budget, a line per policy, MIN below; says what to install where that cannot be
     done. Returns what was written."""
-    try:
-        from matplotlib.figure import Figure  # an extra, and half a second to import
-        from PIL import Image  # comes with it
-    except ImportError:
-        print("no picture: it needs matplotlib; pip install -e '.[plots]'")
-        return []
     rows = [row | {"predictor": f"tables: {row['predictor']}"} for row in report["rows"]]
     rows += [row | {"predictor": "experts one by one"} for row in report["one_by_one"]]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    figure = Figure(figsize=(3.4 * len(batches), 2.3 * len(predictors) + 0.8), layout="constrained")
-    panels = figure.subplots(len(predictors), len(batches), squeeze=False, sharex=True)
+    drawn = figure(3.4 * len(batches), 2.3 * len(predictors) + 0.8)
+    if drawn is None:
+        return []
+    panels = drawn.subplots(len(predictors), len(batches), squeeze=False, sharex=True)
     for down, predictor in enumerate(predictors):
         for across, batch in enumerate(batches):
             axes = panels[down][across]
@@ -89,7 +85,7 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
                 axes.set_xlabel("budget: share of experts with a slot", fontsize=8)
     every = {name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     names = [name for name in [*policies, "MIN"] if name in every]  # not every panel has every policy
-    figure.legend(
+    drawn.legend(
         [every[name] for name in names],
         names,
         loc="outside lower center",
@@ -97,11 +93,8 @@ def draw(report: dict[str, Any], directory: Path) -> list[Path]:
         fontsize=8,
         frameon=False,
     )
-    figure.suptitle(f"{Path(report['model']).stem}, {Path(report['workload']).name}: fewer moves are better", fontsize=10)
-    whole = BytesIO()
-    figure.savefig(whole, dpi=DPI)
-    Image.open(whole).convert("RGB").quantize(SHADES).save(directory / "simulate.png", optimize=True)
-    return [directory / "simulate.png"]
+    drawn.suptitle(f"{Path(report['model']).stem}, {Path(report['workload']).name}: fewer moves are better", fontsize=10)
+    return [save_small(drawn, directory / "simulate.png", DPI, SHADES)]
 
 
 def _panel(axes: Any, rows: list[Row], policies: list[str]) -> None:

@@ -220,7 +220,7 @@ def test_a_report_of_systems_without_budgets_can_be_drawn(report, tmp_path):
 def test_without_matplotlib_a_line_says_what_to_install(report, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw(report, tmp_path) == []
-    assert capsys.readouterr().out == "no pictures: they need matplotlib; pip install -e '.[plots]'\n"
+    assert capsys.readouterr().out == "no picture: it needs matplotlib; pip install -e '.[plots]'\n"
 
 
 def test_every_row_of_sida_has_a_timeline_in_which_one_predictor_makes_one_table_at_a_time(done, report):
