@@ -27,10 +27,11 @@ from pipeline.tasks.registry import Task, make_task
 from predictor.registry import HashPredictor, PredictorSpec, check, make
 from predictor.stand_ins import Plan
 from predictor.traces import TOP_T
-from store.arena import Arena, available_memory, free_bytes
+from store.arena import Arena
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.load import routers_identity
+from store.room import available_memory, free_bytes
 from store.slots import parse_budget
 from store.weights import Weights
 

@@ -25,21 +25,13 @@ from pipeline.predicting.watch import Watch
 from pipeline.prepare import Prepared, check_predictor, made_stand_ins, prepare
 from pipeline.progress import bar
 from pipeline.regroup import Grouping, Regrouping
+from pipeline.reports.evidence import pictures, run_metrics
 from pipeline.reports.live import Live
 from pipeline.reports.metrics import (
-    batch_metrics,
-    executors_counted,
-    fidelity,
-    miss_path,
-    prediction_metrics,
-    resident_peak,
     stats_of,
-    versions,
 )
 from pipeline.reports.output import PREDICTIONS, InOrder, OutputDir, check_writable
-from pipeline.reports.page import report
 from pipeline.reports.said import mb, say, say_plan, say_results
-from pipeline.reports.timeline import timeline
 from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
@@ -109,11 +101,11 @@ def run(config: Config) -> dict[str, Any]:
             finally:
                 _stop(store, actors, group, machines, config.store.keep)
         watch.finish(entries)
-        metrics = _metrics(prepared, entries, arena)
+        metrics = run_metrics(prepared, entries, arena)
         metrics["prediction"]["drift"] = watch.drifted
         metrics |= {"lost": loss_metrics(losses), "machines": machines.used}
         metrics["parallel"] = group.metrics(stats_of(entries)) if group is not None else None
-        for name, text in _pictures(prepared, entries, metrics).items():
+        for name, text in pictures(prepared, entries, metrics).items():
             output.write(name, text)
         output.finish(metrics)
     finally:
@@ -219,58 +211,3 @@ def _execute(
                     predictions.add(item.results)
     predictions.close()
     return entries
-
-
-def _metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaInfo) -> dict[str, Any]:
-    config, rows = prepared.config, prepared.rows
-    first = [entry for entry in entries if entry["batch"] < len(prepared.batches)]
-    second = [entry for entry in entries if entry["batch"] >= len(prepared.batches)]
-    results = _by_index(first)
-    stats = stats_of(first)
-    quality = prepared.task.quality(rows, results)
-    metrics = batch_metrics(stats, len(rows), sum(entry["seconds"] for entry in first))
-    if second:  # the routers were asked in the second pass only
-        exact = _by_index(second)
-        metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
-        metrics["prediction"] = prediction_metrics(stats_of(second))
-    metrics["prediction"]["kind"] = config.predictor.kind
-    return (
-        metrics
-        | miss_path(stats)
-        | {
-            "driver_ms_per_batch": round(sum(entry["driver_ms"] for entry in first) / len(first), 3),
-            "truncated": prepared.truncated,
-            "quality": quality,
-            "routing": config.routing,
-            "device": prepared.device,
-            "expert_bytes": {
-                "total": prepared.layout.expert_bytes,
-                "budget": prepared.budget_bytes * executors_counted(stats, config.executors),
-                "resident_peak": resident_peak(stats),
-                "stand_ins": prepared.stand_in_bytes,
-            },
-            "device_memory_peak_bytes": max(s.device_memory_peak_bytes or 0 for s in stats) or None,
-            "arena": {
-                "name": arena.path.name,
-                "bytes": arena.nbytes,
-                "warm_start": arena.warm_start,
-                "seconds": round(arena.seconds, 4),
-            },
-            "versions": versions(),
-            "config": config.to_dict(),
-        }
-    )
-
-
-def _pictures(prepared: Prepared, entries: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:
-    stats = stats_of(entry for entry in entries if entry["batch"] < len(prepared.batches))
-    second = stats_of(entry for entry in entries if entry["batch"] >= len(prepared.batches))
-    slots = prepared.slots * executors_counted(stats, prepared.config.executors)
-    return {
-        "timeline.json": timeline(stats),
-        "report.html": report(metrics, stats, second or stats, prepared.model.shape, slots),
-    }
-
-
-def _by_index(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted((row for entry in entries for row in entry["results"]), key=lambda row: row["index"])

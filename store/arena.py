@@ -30,6 +30,7 @@ import torch
 
 from store.errors import SpaceError
 from store.layout import ArenaLayout, align
+from store.room import free_bytes
 
 MAGIC = b"SIDA-MOE"
 LAYOUT_VERSION = 2
@@ -156,23 +157,6 @@ def clean(directory: Path) -> tuple[list[Removed], list[Path]]:
         elif path.exists():
             in_use.append(path)
     return removed, in_use
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes that an arena in `directory` may take: free there and, as /dev/shm is RAM, available in memory."""
-    stat = os.statvfs(directory)
-    free = stat.f_bavail * stat.f_frsize
-    if os.path.realpath(directory).startswith("/dev/shm"):
-        free = min(free, available_memory())
-    return free
-
-
-def available_memory() -> int:
-    """Bytes of RAM that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def _building(path: Path) -> Path:

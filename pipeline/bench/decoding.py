@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,7 +21,8 @@ import torch
 
 from pipeline.bench.decoding_limit import Needed, needed
 from pipeline.bench.decoding_report import line, markdown
-from pipeline.bench.decoding_systems import DECODING, Stand, Writer, Written, check_decoding
+from pipeline.bench.decoding_row import decoding_row
+from pipeline.bench.decoding_systems import DECODING, Stand, Writer, check_decoding
 from pipeline.bench.decoding_workload import Forced, Texts, Whole, cut, uses_of
 from pipeline.bench.limit import link_bytes_per_second
 from pipeline.bench.output import BenchDir
@@ -154,7 +154,7 @@ def _one_system(
         writer = DECODING[name].make(stand)
         for at, some in enumerate(texts):
             written = writer.write(some)
-            row = _row(name, stand, at, some, written, reference[at] if reference else None)
+            row = decoding_row(name, stand, at, some, written, reference[at] if reference else None)
             row["device_memory_peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
             rows.append(row)
             _say(line(row))
@@ -208,47 +208,6 @@ def _reference(prepared: Prepared, task: Forced, texts: list[Texts]) -> list[lis
             torch.cuda.empty_cache()
     _say(f"transformers on the whole model: {time.perf_counter() - start:.1f} s")
     return said
-
-
-def _row(name: str, stand: Stand, at: int, texts: Texts, written: Written, reference: list[np.ndarray] | None) -> dict[str, Any]:
-    config = stand.prepared.config
-    moved = written.moved
-    errors = None
-    if written.outputs is not None and reference is not None:
-        pairs = zip(written.outputs, reference, strict=True)
-        errors = np.concatenate([np.abs(ours - theirs).ravel() for ours, theirs in pairs])
-    uses = sum(moved.hits) + sum(moved.misses) if moved is not None else 0
-    median = statistics.median(written.token_ms)
-    return {
-        "model": config.model.path or config.model.config,
-        "workload": config.data.path,
-        "texts": at,
-        "batch": texts.size,
-        "prompt_tokens": texts.prompt,
-        "steps": len(written.token_ms),
-        "budget": stand.budget if DECODING[name].has_budget else None,
-        "system": name,
-        "predictor": config.predictor.kind if name == "sida" else None,
-        "ms_per_token": {
-            "median": round(median, 3),
-            "mean": round(statistics.fmean(written.token_ms), 3),
-            "p10": round(float(np.percentile(written.token_ms, 10)), 3),
-            "p90": round(float(np.percentile(written.token_ms, 90)), 3),
-        },
-        "ms_to_first_token": round(statistics.median(written.first_ms), 3),
-        "tokens_per_second": round(texts.size / statistics.fmean(written.token_ms) * 1e3, 2),
-        "experts_per_token": round(texts.experts_per_token, 1),
-        "slots": stand.slots if DECODING[name].has_budget else None,
-        "expert_bytes_resident_peak": moved.resident_peak_bytes if moved is not None else None,
-        "copied_bytes": moved
-        and {"prefetch": moved.prefetch_bytes, "demand": moved.demand_bytes, "read_in_place": moved.read_in_place_bytes},
-        "moves": moved and sum(experts for _, _, experts in moved.copy_spans) + sum(moved.misses),
-        "hit_rate": round(sum(moved.hits) / max(uses, 1), 4) if moved is not None else None,
-        "stall_ms": round(moved.stall_ns / 1e6, 3) if moved is not None else None,
-        "graphs": written.ways or None,
-        "median_error": float(np.median(errors)) if errors is not None else None,
-        "max_error": float(errors.max()) if errors is not None else None,
-    }
 
 
 def _write(

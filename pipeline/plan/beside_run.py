@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bench.systems import InProcess
+from pipeline.bench.in_process import InProcess
 from pipeline.bench.workload import Combination, Workload, record_batches
 from pipeline.config import Config, load_config
 from pipeline.errors import USER_ERRORS

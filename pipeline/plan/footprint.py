@@ -11,8 +11,8 @@ from pipeline.config import Config
 from pipeline.machine import free_device_memory
 from pipeline.models import ModelSpec, describe
 from pipeline.prepare import ACTIVATION_BYTES, arena_directory, choose_device, free_for_experts
-from store.arena import available_memory, free_bytes
 from store.layout import ArenaLayout
+from store.room import available_memory, free_bytes
 from store.slots import parse_budget
 
 

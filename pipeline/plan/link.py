@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.bench.limit import link_bytes_per_second
-from store.arena import free_bytes
+from store.room import free_bytes
 
 SCRATCH_BYTES = 2**27
 """More than a processor's cache holds."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.bench import gating
-from pipeline.bench.gating import SETTINGS, Gating, Setting
+from pipeline.bench.gating_layer import SETTINGS, Gating, Setting
 from tests.pipeline.interpreted import Interpreter
 
 TINY = Setting("lm", 8, 32, 64, 2, 4, 0.5, SETTINGS["lm"].paper)

@@ -25,9 +25,10 @@ import pytest
 import torch
 
 import store.arena
-from store.arena import BUILDING, Arena, arena_path, build, clean, free_bytes
+from store.arena import BUILDING, Arena, arena_path, build, clean
 from store.errors import SpaceError
 from store.layout import ArenaLayout
+from store.room import free_bytes
 
 PATIENCE_S = 60
 LAYOUT = ArenaLayout.of(
@@ -652,7 +653,7 @@ def test_a_filesystem_that_fills_up_meanwhile_is_an_error_and_no_signal(tiny, mo
 
 
 def test_shared_memory_has_no_more_room_than_there_is_ram(monkeypatch, tmp_path):
-    monkeypatch.setattr(store.arena, "available_memory", lambda: 12345)
+    monkeypatch.setattr("store.room.available_memory", lambda: 12345)
     assert free_bytes(Path("/dev/shm")) == 12345
     stat = os.statvfs(tmp_path)
     assert free_bytes(tmp_path) == pytest.approx(stat.f_bavail * stat.f_frsize, rel=0.2)
