@@ -17,7 +17,6 @@ from typing import Any
 from store.arena import Arena
 from store.copies import CopyEngine
 from store.eviction import Policy
-from store.lanes import Lanes
 from store.layout import Key
 from store.schedule import WORTH_COPYING, Schedule
 from store.slots import Slots
@@ -109,9 +108,9 @@ class ReadAheadEngine(ReadAhead, CopyEngine):
 class StagedReadAheadEngine(ReadAhead, StagedCopyEngine):
     """On a GPU, which an arena on a disk is not registered with: all of it would be pinned."""
 
-    def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, on_device: bool = True):
+    def __init__(self, *arguments: Any):
         self._named: deque[Key] = deque()
-        super().__init__(arena, slots, policy, lanes, on_device)
+        super().__init__(*arguments)
 
     def start(self) -> None:
         self._start_reading()

@@ -28,13 +28,13 @@ from store.slots import Slots
 class StagedCopyEngine(DeviceCopyEngine):
     """Moves experts into slots ahead of the forwards that read them, and the others before they do. `demand`, then `stage`."""
 
-    def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, on_device: bool = True):
+    def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, on_device: bool = True, may_doubt: bool = False):
         """
         Args:
             on_device: slots are; otherwise they lie in the host's memory, and what is read from them is read over the link.
         """
         self._layer_at = 0  # the position under way
-        super().__init__(arena, slots, policy, lanes)
+        super().__init__(arena, slots, policy, lanes, may_doubt)
         self._on_device = on_device
 
     def is_ready(self, batch: int) -> bool:

@@ -42,6 +42,9 @@ from store.ring import HOST_SLOTS, CudaRingLanes
 from store.slots import Slots
 from store.staged_copies import StagedCopyEngine
 
+ASKED = "pieces: routers asked"
+"""How a batch ran whose table was not heeded (store/doubt.py)."""
+
 SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
 
@@ -89,17 +92,20 @@ class OnGPU:
 
             self.model = build(spec.model, arena, experts, device)
         self.asks = spec.demand or host is None
-        """What a router has named has to come into a slot, before its experts run."""
+        """What a router has named has to come into a slot, before its experts run: in every batch."""
+        self._batch_asks = False
+        """In the one that is being enqueued."""
         policy = POLICIES[spec.policy]()
+        may_doubt = spec.task.forwards == 1 and spec.exchange is None  # steps ask by a rule of their own (replays.py)
         self.lanes: CudaLanes
         self.engine: DeviceCopyEngine
         if host is not None:
             self.lanes = CudaLanes(arena, slots, table, self.stream)
-            self.engine = DeviceCopyEngine(arena, slots, policy, self.lanes)
+            self.engine = DeviceCopyEngine(arena, slots, policy, self.lanes, may_doubt)
         else:
             self.lanes = CudaRingLanes(arena, slots, table, self.stream)
             staged = StagedReadAheadEngine if spec.read_ahead else StagedCopyEngine
-            self.engine = staged(arena, slots, policy, self.lanes, on_device)
+            self.engine = staged(arena, slots, policy, self.lanes, on_device, may_doubt)
         self._graphs: dict[Packing, tuple[GraphedForward, torch.Tensor] | None] = {}
         """By shape, the graphs and the memory that they read; None: there can be none."""
         self._pool = torch.cuda.graph_pool_handle()
@@ -166,8 +172,9 @@ class OnGPU:
         Args:
             host: has to stay until the batch has ended.
 
-        Returns: its outputs, and how it ran: "whole", "pieces", or "eager: " and why there was no graph.
+        Returns: its outputs, and how it ran: "whole", "pieces", `ASKED`, or "eager: " and why there was no graph.
         """
+        self._batch_asks = self.engine.is_doubted(batch)
         if self.spec.exchange is not None:  # which asks the GPU for sizes
             self.counters.both.zero_()  # a layer may get no token
             return self._eager(batch, host, top_t, "experts at other Executors")
@@ -191,7 +198,7 @@ class OnGPU:
             return self._eager(batch, host, None, f"not recordable: {str(error).splitlines()[0]}")
         stream = self.stream.cuda_stream
         cuda.copy_to_device(memory.data_ptr(), host.memory.data_ptr(), shape.nbytes, stream)
-        if graphed.whole is not None and self.engine.is_ready(batch):
+        if graphed.whole is not None and not self._batch_asks and self.engine.is_ready(batch):
             cuda.launch(graphed.whole.pieces[0], stream)
             outputs = graphed.whole.outputs
             self.engine.passed(batch, *range(len(outputs.counts)))
@@ -206,15 +213,15 @@ class OnGPU:
                 self.engine.read(batch, layer)
             cuda.launch(piece, stream)
             self.engine.passed(batch, layer)
-        return outputs, "pieces"
+        return outputs, ASKED if self._batch_asks else "pieces"
 
     def look_at_memory(self) -> None:
         """After what takes some. Graphs take none when they run, and torch takes a tenth of a millisecond to say."""
         self.memory_peak_bytes = torch.cuda.max_memory_allocated(self._device)
 
     def _routed(self, batch: int, layer: int, counts: torch.Tensor) -> None:
-        """On demand, or where it could be read nowhere else, what a router has named is wanted in slots."""
-        if self.asks and not self.engine.is_complete:
+        """On demand, in doubt, or where it could be read nowhere else, what a router has named is wanted in slots."""
+        if (self.asks or self._batch_asks) and not self.engine.is_complete:
             self.engine.demand(batch, layer, counts[:-1].cpu().numpy().nonzero()[0].tolist())
 
     def _done(self, batch: int, layer: int, in_part: bool) -> None:

@@ -122,3 +122,31 @@ def test_a_trace_on_a_gpu_is_a_cpus(tmp_path, model):
             ours, theirs = gpu.trace(batch, 3), cpu.trace(batch, 3)
             for one, other in zip(ours.layers, theirs.layers, strict=True):
                 assert np.array_equal(one.top[:, 0], other.top[:, 0])
+
+
+def test_routers_are_asked_while_tables_are_doubted(tmp_path, model):
+    """And their experts come into slots, as none of the table's does; with trust, batches run as before."""
+    from pipeline.gpu.on_gpu import ASKED
+
+    with executors(model, tmp_path / "arenas", 0.4) as (gpu, cpu):
+        predictor, engine = Random(gpu._spec.model.shape, top_k=2, seed=0), gpu._device.engine
+        for batch in batches(12):
+            engine._doubt.asks = 3 <= batch.index < 9
+            ours, theirs = (executor.execute(batch, timed(predictor, batch.tokens)) for executor in (gpu, cpu))
+            assert_same(ours.results, theirs.results)
+            assert (ours.stats.how == ASKED) == engine._doubt.asks
+            if ours.stats.how == ASKED:
+                assert sum(ours.stats.misses) == 0, "a layer has fewer experts than there are slots"
+                assert ours.stats.demand_bytes > 0
+                if batch.index > 3:
+                    assert ours.stats.prefetch_bytes == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_layer_of_more_experts_than_slots_is_exact_in_doubt(tmp_path, model, share):
+    with executors(model, tmp_path / "arenas", share) as (gpu, cpu):
+        predictor = Random(gpu._spec.model.shape, top_k=2, seed=0)
+        gpu._device.engine._doubt.asks = True
+        for batch in batches(6):
+            table = timed(predictor, batch.tokens)
+            assert_same(gpu.execute(batch, table).results, cpu.execute(batch, table).results)

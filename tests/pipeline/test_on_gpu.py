@@ -263,6 +263,7 @@ def force(executor: Executor, whole: bool | None) -> None:
     engine = executor._device.engine
     vars(engine).pop("is_ready", None)
     if whole is not None:
+        engine._doubt = None  # bad tables would end it
         engine.is_ready = lambda batch: whole
 
 
@@ -482,6 +483,7 @@ def roughen(executor: Executor) -> None:
     Every third batch runs as one graph, though not all is in slots.
     """
     engine = executor._device.engine
+    engine._doubt = None
     lanes, stage, fill = engine._lanes, engine.stage, engine._lanes.fill
     computing, copying = np.random.default_rng(1), np.random.default_rng(2)  # one for each thread
     cycles = 300_000  # up to 0.2 ms
@@ -539,6 +541,55 @@ def test_experts_are_evicted_while_layers_compute_and_every_batch_is_exact(case,
     assert copied > count * (shape.layers if every_layer else 1), "an eviction for every layer of every batch, or for every batch"
     assert hits > count // 2 and misses > 0
     assert set(paths) == ({"eager", "whole", "pieces"} if graphs else {"eager"})
+
+
+def serve(case: Case, executor: Executor, tables: list[Prediction] | None, count: int) -> list[BatchResult]:
+    """All batches, again and again; every answer is right."""
+    results = []
+    for index in range(count):
+        i = index % len(case.batches)
+        for ahead in range(index, min(index + 4, count) if tables else index):
+            executor.plan(ahead, tables[ahead % len(tables)])
+        result = executor.execute(replace(case.batches[i], index=index), tables[index % len(tables)] if tables else None)
+        assert_equal_results(result.results, case.expected[i])
+        assert_counted(result, case.traces[i], case.prepared.model.shape.experts)
+        results.append(result)
+    return results
+
+
+def moves(results: list[BatchResult], slot_bytes: int) -> int:
+    copied = sum(result.stats.prefetch_bytes + result.stats.demand_bytes for result in results)
+    return copied // slot_bytes + sum(sum(result.stats.misses) for result in results)
+
+
+@pytest.mark.parametrize("kind", ["random", "wrong"])
+def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
+    """Then routers are asked, and no more moves than with a cache on demand."""
+    case, percent, count = case("large"), 50, 120
+    slot_bytes = case.prepared.layout.slot_bytes
+    shape, traces = case.prepared.model.shape, case.traces
+    makers = [case.predictor(kind, traces)]
+    if kind != "random":  # others each time, so that nobody learns what is wrong
+        oracle = Oracle(join(traces), shape, shape.top_k)
+        makers = [Worsened(oracle, shape, 0.0, seed) for seed in range(8)]
+    tables = [timed(maker, batch.tokens) for maker in makers for batch in case.batches]
+    with case.executor(case.slots(percent), "lru", demand=True) as executor:
+        none = serve(case, executor, None, count)
+    with case.executor(case.slots(percent), "lookahead") as executor:
+        ours = serve(case, executor, tables, count)
+    tail = count // 2
+    asked = [result.stats.how == "pieces: routers asked" for result in ours]
+    moved, needed = moves(ours[tail:], slot_bytes), moves(none[tail:], slot_bytes)
+    print(f"{kind}: {sum(asked)} of {count} batches asked, moves {moved / needed:.3f} times those on demand")
+    assert moved <= 1.05 * needed
+    assert not any(asked[:3]) and all(asked[tail:])
+
+
+def test_right_tables_are_never_doubted(case):
+    case = case("large")
+    with case.executor(case.slots(20), "lookahead") as executor:
+        results = serve(case, executor, case.tables("oracle"), 60)
+        assert not any(result.stats.how == "pieces: routers asked" for result in results)
 
 
 # Hash routing, traces
