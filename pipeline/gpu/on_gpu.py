@@ -24,8 +24,9 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
 from pipeline.gpu.packed import Packed, Packing, Tables
+from pipeline.gpu.replays import Replays
 from pipeline.gpu.work import GPUWork
-from pipeline.gpu.writing import GPUWriting, Replays
+from pipeline.gpu.writing import GPUWriting
 from pipeline.inputs import Hear, Inputs
 from pipeline.models import build
 from pipeline.routing import Expert

@@ -1,20 +1,12 @@
 """One batch that is being written on a GPU: its prompt, and then a step for every token, recorded where the family allows it.
 
-To the copy engine each forward is a batch of its own. A step runs in one of two ways:
-
-`whole`   one graph; what is in no slot is read in place. The host is asked nothing, and hears of tokens a step late if nobody
-          wants to know them.
-`pieces`  a graph between every two MoE layers. The host is told whom the router has named, and whom the next layer's router would
-          name (pipeline/predicting/next_layer.py); both are copied, the link has the next layer's experts to bring while this
-          one computes, and what has come stays in its slot.
-
-A copy is as fast as the link, a read in place nine tenths of that, and nothing is left of it; asking the host takes some 0.1 ms a
-layer. So steps go in pieces where more than `ASKED_ABOVE` bytes of a MoE layer are missed, and whole where less.
+To the copy engine each forward is a batch of its own. The prompt runs eagerly; of the steps, which are recorded and how the next
+one runs, replays.py says. Here they are given to the GPU one after the other, and what they have said is read when it is there.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,134 +18,20 @@ from transformers import PreTrainedModel
 
 from pipeline.data import Batch
 from pipeline.device import Answer
-from pipeline.gpu.graphs import MASKS, GraphedForward, Recorded
+from pipeline.gpu.graphs import MASKS, Recorded
 from pipeline.gpu.grouping import tiles_for
-from pipeline.gpu.layers import CurrentForward, DeviceForward
+from pipeline.gpu.layers import DeviceForward
+from pipeline.gpu.replays import Recording
 from pipeline.gpu.work import GPUWork
 from pipeline.inputs import Hear
-from pipeline.predicting.next_layer import FIRST, NextLayer
-from pipeline.tasks.fixed_step import FixedStep, why_not_fixed
+from pipeline.predicting.next_layer import FIRST
+from pipeline.tasks.fixed_step import FixedStep
 from predictor.hash_table import HashTable
 from predictor.stepping import Foresight
 from store import cuda
 
 if TYPE_CHECKING:
     from pipeline.gpu.on_gpu import OnGPU
-
-ASKED_ABOVE = 16 * 2**20
-"""Bytes of one MoE layer: 0.3 ms at 55 GB/s, of which a read in place loses a tenth, beside what it could have left in a slot. From
-the link's figures in docs/benchmarks.md; not yet found by measuring both."""
-SHAPES = 4
-"""Recorded steps kept, the last used: each has a cache of its own."""
-SMOOTHING = 0.25
-"""What one step counts for in the mean of missed bytes."""
-
-
-class Replays:
-    """What one GPU keeps from batch to batch for steps: those recorded, and how much they miss."""
-
-    def __init__(self, gpu: OnGPU, current: CurrentForward, recording: torch.cuda.Stream):
-        spec = gpu.spec
-        shape = spec.model.shape
-        self._gpu, self._current, self._recording = gpu, current, recording
-        self._fixed: OrderedDict[tuple[int, int], Recording] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
-        self.why_not = why_not_fixed(gpu.model)
-        self.asks = gpu.asks or spec.stepping is not None
-        """Whether what routers name is copied."""
-        self.ahead = NextLayer(gpu.model, shape.experts, shape.top_k) if spec.stepping is not None else None
-        if self.ahead is not None and not self.ahead.reaches_all:
-            self.ahead = None
-        width = max(shape.experts) + 1
-        self._named = torch.zeros(shape.layers, 2, width, dtype=torch.int32, device=gpu.counters.both.device)
-        self.missed_bytes: float | None = None
-        """Per MoE layer and step, the running mean; None: no step has told yet."""
-
-    def fixed(self, rows: int, most: int) -> Recording | None:
-        """The step of so many rows and tokens, ready for a new batch."""
-        if self.why_not is not None:
-            return None
-        key = (rows, most)
-        kept = self._fixed.pop(key, None)
-        if kept is None:
-            step = FixedStep(self._gpu.model, rows, most)
-            kept = Recording(step, None, None)
-        else:
-            kept.step.reset()
-        self._fixed[key] = kept
-        while len(self._fixed) > SHAPES:
-            self._fixed.popitem(last=False)
-        return kept
-
-    def recorded(self, kept: Recording) -> GraphedForward | None:
-        """The step's graphs; None, and why, if it cannot be one."""
-        if kept.graphs is None:
-            kept.graphs = GraphedForward(kept.step.forward, kept.step.inputs, None, self._current, self._pool, self._recording)
-        complete = self._gpu.engine.is_complete
-        try:  # both at once: which is better changes with what is in slots
-            self._current.ahead = None
-            kept.graphs.record(whole=not self._gpu.asks or complete, pieces=False)
-            self._current.ahead = self._hears
-            kept.graphs.record(whole=False, pieces=self.asks and not complete)
-        except RuntimeError as error:
-            kept.why_not = str(error).splitlines()[0]
-            kept.graphs = None
-            self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
-        return kept.graphs
-
-    def enter(self, forward: DeviceForward) -> None:
-        """The forward that is about to run eagerly."""
-        self._current.forward, self._current.ahead = forward, self._hears
-
-    def _hears(self, layer: int, hidden: torch.Tensor, experts: torch.Tensor) -> None:
-        """In the forward: leaves where `named` finds it whom the next layer's router would name."""
-        if self.ahead is not None and self.ahead.reaches(layer):
-            self._named[layer, 1].copy_(self.ahead.named(layer, hidden, experts[:, 0] >= 0))
-
-    def named(self, layer: int, counts: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Whom a layer's router has named, and whom the next one would; waits for the device.
-
-        Args:
-            counts: int32 (experts + 1,) on the device.
-        """
-        self._named[layer, 0, : len(counts)].copy_(counts)
-        said = self._named[layer].cpu().numpy()
-        now, then = said[0, : len(counts) - 1], said[1, :-1]
-        reaches = self.ahead is not None and self.ahead.reaches(layer)
-        return np.flatnonzero(now).tolist(), np.flatnonzero(then).tolist() if reaches else []
-
-    def goes_whole(self, rows: int) -> bool:
-        """Whether the next step is better one graph than pieces."""
-        if self._gpu.engine.is_complete or not self.asks:
-            return True
-        if self._gpu.asks:
-            return False
-        if self.missed_bytes is None:  # as if all experts were alike
-            shape, slots = self._gpu.spec.model.shape, self._gpu.engine.slots
-            used = min(rows * shape.top_k, min(shape.experts))
-            share = 1 - slots.count / sum(shape.experts)
-            self.missed_bytes = used * share * slots.block_bytes((0, 0))
-        return self.missed_bytes < ASKED_ABOVE
-
-    def saw(self, missed_bytes: float) -> None:
-        """What a step missed per MoE layer, copied or read in place."""
-        before = self.missed_bytes
-        self.missed_bytes = missed_bytes if before is None else before + SMOOTHING * (missed_bytes - before)
-
-
-@dataclass
-class Recording:
-    """A fixed step and, once it has run, its graphs.
-
-    Attributes:
-        why_not: it could not be recorded.
-        warm: it has run once, so that its kernels are compiled.
-    """
-
-    step: FixedStep
-    graphs: GraphedForward | None
-    why_not: str | None
-    warm: bool = False
 
 
 @dataclass
@@ -183,13 +61,7 @@ class GPUWriting(GPUWork):
     """See `pipeline.device.Work`: all of it has run when `start` returns. What runs its forwards (pipeline.tasks.writing.Steps)."""
 
     def __init__(
-        self,
-        gpu: OnGPU,
-        batch: Batch,
-        table: HashTable | None,
-        top_t: int | None,
-        hear: Hear | None,
-        foresight: Foresight | None,
+        self, gpu: OnGPU, batch: Batch, table: HashTable | None, top_t: int | None, hear: Hear | None, foresight: Foresight | None
     ):
         super().__init__(gpu, batch, table, top_t)
         self._tokens_of, self._hears, self._foresight = batch.tokens, hear, foresight
@@ -205,8 +77,6 @@ class GPUWriting(GPUWork):
         self._missing: int | None = None  # bytes of experts that were in no slot when they were named; None: nobody asked
         if foresight is not None and gpu.replays is not None and gpu.replays.ahead is not None:
             foresight.layers = FIRST  # of the others the layer before says more
-
-    # The work
 
     def start(self) -> None:
         gpu = self._gpu
@@ -235,8 +105,6 @@ class GPUWriting(GPUWork):
         clock = gpu.lanes.clock
         span = (clock.ns(self._begun), clock.ns(self._ended))
         return Answer(self._results, self._choices(), self._prompt.decisions, span, gpu.engine.take(), dict(self._ways))
-
-    # Its forwards
 
     def fixed(self, model: PreTrainedModel, rows: int, most: int) -> FixedStep | None:
         self._fixed = self._replays.fixed(rows, most)
@@ -280,8 +148,7 @@ class GPUWriting(GPUWork):
         prompt = self._awake is None
         if prompt:
             self._chosen = chosen
-        shape = gpu.spec.model.shape
-        pairs = self._pairs if prompt else [len(tokens) * shape.top_k] * shape.layers
+        pairs = self._pairs if prompt else [len(tokens) * gpu.spec.model.shape.top_k] * gpu.spec.model.shape.layers
         ended = cuda.Event(gpu.stream.cuda_stream)
         self._under_way.append(Said(ended, host, counters, chosen, self._awake, pairs, self._number))
         if self._is_late and len(self._under_way) < 2:

@@ -175,7 +175,7 @@ class Cut:
 def host_gpu() -> Iterator[None]:
     """While it is entered, an Executor whose device is "cpu" has the code of a GPU under it."""
     import pipeline.executor
-    from pipeline.gpu import layers, on_gpu, packed, writing
+    from pipeline.gpu import layers, on_gpu, packed, replays
     from store import cuda
 
     def store(address: int, value: int, stream: int) -> None:
@@ -198,7 +198,7 @@ def host_gpu() -> Iterator[None]:
         mock.patch.multiple(cuda, **host),
         mock.patch.multiple(torch.cuda, **torchs),
         mock.patch.object(packed, "pinned", lambda nbytes: torch.full((nbytes,), 255, dtype=torch.uint8)),
-        mock.patch.object(writing, "GraphedForward", HostGraphs),
+        mock.patch.object(replays, "GraphedForward", HostGraphs),
         mock.patch.object(on_gpu, "GraphedForward", HostGraphs),
         mock.patch.multiple(layers, grouping=HostKernels, kernels=HostKernels),
         mock.patch.object(pipeline.executor, "_make_device", on_gpu.OnGPU),

@@ -70,11 +70,11 @@ def test_a_bench_on_a_cpu(tmp_path, capsys):
 def test_a_bench_with_a_gpus_code(tmp_path, monkeypatch):
     """All but the capture, the kernels and CUDA's own functions."""
     pytest.importorskip("triton")
-    from pipeline.gpu import writing
+    from pipeline.gpu import replays
     from tests.pipeline.host_gpu import HostGraphs, host_gpu
 
     monkeypatch.setattr(HostGraphs, "refused", None)
-    monkeypatch.setattr(writing, "ASKED_ABOVE", 0)
+    monkeypatch.setattr(replays, "ASKED_ABOVE", 0)
     monkeypatch.setattr(decoding, "check_decoding", lambda config, device: list(config.bench.systems))
     with host_gpu():
         report = bench(small(tmp_path, "bench.systems=[resident, sida, on-demand]"))

@@ -32,10 +32,10 @@ FAMILIES = ("mixtral", "gpt_oss", "deepseek_v2", "olmoe")
 
 
 def compare(tmp_path: Path, family: str, way: str, written, monkeypatch) -> None:
-    from pipeline.gpu import writing
+    from pipeline.gpu import replays
 
     share, kind, demand, asked_above, ran = WAYS[way]
-    monkeypatch.setattr(writing, "ASKED_ABOVE", asked_above)
+    monkeypatch.setattr(replays, "ASKED_ABOVE", asked_above)
     (tmp_path / "arenas").mkdir()
     torch.manual_seed(0)
     whole = save_tiny(family, tmp_path / "model").from_pretrained(tmp_path / "model", dtype=torch.float32).eval().to(CUDA)

@@ -46,10 +46,10 @@ def batches(count: int = 3) -> list[Batch]:
 
 def run_on_host(directory: str, arenas: str, share: float, kind: str | None, demand: bool, written: Written, **how) -> list[dict]:
     """All batches through a GPU's Executor, on the host; per batch what it wrote and what it counted."""
-    from pipeline.gpu import writing  # needs Triton
+    from pipeline.gpu import replays  # needs Triton
     from tests.pipeline.host_gpu import HostGraphs, host_gpu
 
-    writing.ASKED_ABOVE = how.get("asked_above", 0)
+    replays.ASKED_ABOVE = how.get("asked_above", 0)
     HostGraphs.refused = how.get("refused")
     served = Served(Path(directory), Path(arenas))
     slots = int(share * served.layout.expert_bytes) // served.layout.slot_bytes
