@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.parallel.placement import PLACEMENTS
 from pipeline.weights.recipes import RECIPES
-from predictor.registry import KINDS
+from predictor.registry import KINDS, SILENT
 from store.eviction import POLICIES
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_config(config: Config, source: str) -> None:
     for key, given in (("replicas", config.parallel.replicas > 0), ("trace", config.parallel.trace is not None)):
         require(shared or not given, f"'parallel.{key}' is about experts that are shared out; it goes with 'parallel.placement'")
     kind = config.predictor.kind
-    makes_tables = kind not in ("none", "recent")
+    makes_tables = kind not in SILENT
     require(makes_tables or config.routing == "exact", f"'routing: hash' needs tables, and 'predictor.kind: {kind}' makes none")
     if config.task == "classify":
         require(len(config.labels) >= 2, "'labels' must name at least two labels for task classify")

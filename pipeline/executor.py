@@ -27,7 +27,7 @@ from pipeline.predicting.rehearsal import ArenaModel
 from predictor.accuracy import compare
 from predictor.actor import Prediction, timed
 from predictor.hash_table import HashTable
-from predictor.registry import HashPredictor, make
+from predictor.registry import BY_TOKEN, HashPredictor, make
 from predictor.stepping import Foresight, source_of
 from predictor.tokens import TokenBatch
 from predictor.traces import Trace
@@ -153,7 +153,7 @@ class Executor:
     def _make_stepping(self) -> HashPredictor | None:
         """Whom a batch that is written asks of its tokens; None: nobody, there is only what they have been routed to."""
         assert self._spec.stepping is not None
-        if self._spec.stepping.kind not in ("lstm", "token_table"):
+        if self._spec.stepping.kind not in BY_TOKEN:
             return None
         return make(self._spec.stepping, ArenaModel(self._spec.model, self._spec.arena, self._arena))
 

@@ -56,8 +56,8 @@ def run(config: Config) -> dict[str, Any]:
     try:
         journal = output.unfinished(prepared.identity)
         entries = [entry for entry in journal if "batch" in entry]
-        groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry and entries}
-        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry and entries]
+        groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry}
+        losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry]
         say_plan(prepared, entries)
         with _removed_without_ray(prepared), cluster(config.cluster.address, several=config.cluster.nodes != 1):
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)

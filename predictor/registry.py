@@ -189,7 +189,11 @@ KINDS: dict[str, Loader] = {
     "none": _make_nobody,
 }
 TRAINED = ("lstm", "token_table", "rehearsal")
-STEPPING = ("lstm", "token_table", "rehearsal", "recent")
+SILENT = ("recent", "none")
+"""Those that make no tables."""
+STEPPING = (*TRAINED, "recent")
 """Those with which something is said of each token that is written (stepping.py); `recent` says it of nothing else."""
+BY_TOKEN = ("lstm", "token_table")
+"""Of these the ones that are asked themselves (stepping.source_of); with the others it is said by what tokens were routed to."""
 FILE_KINDS = {"rehearsal": "stand_ins"}
 """What a predictor's file calls itself, where that is not the predictor's own name."""

@@ -26,6 +26,7 @@ import torch
 from pipeline.gpu.graphs import GraphedForward
 from pipeline.gpu.layers import CurrentForward, DeviceForward
 from pipeline.predicting.next_layer import NextLayer
+from pipeline.prepare import ACTIVATION_BYTES
 from pipeline.tasks.fixed_step import FixedStep, why_not_fixed
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 ASKED_ABOVE = 16 * 2**20
 """Bytes of one MoE layer: 0.3 ms at 55 GB/s, of which a read in place loses a tenth, beside what it could have left in a slot. From
 the link's figures in docs/benchmarks.md; not yet found by measuring both."""
-SHAPES = 4
-"""Recorded steps kept, the last used: each has a cache of its own."""
+SHAPES, KEPT_BYTES = 4, ACTIVATION_BYTES // 2
+"""Recorded steps kept, the last used, and what their caches may take: each has one of its own. That is not of the budget, which is
+for experts, but of what is left free beside it. The step under way has its cache, however large."""
 SMOOTHING = 0.25
 """What one step counts for in the mean of missed bytes."""
 
@@ -63,6 +65,7 @@ class Replays:
         shape = spec.model.shape
         self._gpu, self._current, self._recording = gpu, current, recording
         self._fixed: OrderedDict[tuple[int, int], Recording] = OrderedDict()
+        self._token_bytes = 0.0  # of any cache; 0: none has been made yet
         self._pool = torch.cuda.graph_pool_handle()
         self.why_not = why_not_fixed(gpu.model)
         self.asks = gpu.asks or spec.stepping is not None
@@ -87,9 +90,16 @@ class Replays:
         else:
             kept.step.reset()
         self._fixed[key] = kept
-        while len(self._fixed) > SHAPES:
+        while len(self._fixed) > SHAPES or (len(self._fixed) > 1 and self.cache_bytes > KEPT_BYTES):
             self._fixed.popitem(last=False)
         return kept
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the caches of all recorded steps take, or will: a row's token takes as much in each."""
+        room = {key: key[0] * key[1] for key in self._fixed}
+        self._token_bytes = max(self._token_bytes, *(kept.step.cache_bytes / room[key] for key, kept in self._fixed.items()))
+        return round(self._token_bytes * sum(room.values()))
 
     def recorded(self, kept: Recording) -> GraphedForward | None:
         """The step's graphs; None, and why, if it cannot be one."""

@@ -15,6 +15,7 @@ from pipeline.parallel.placement import Assignment, place
 from pipeline.prepare import Prepared
 from predictor import traces
 from predictor.hash_table import HashTable
+from predictor.registry import SILENT
 from predictor.tokens import RoutingShape, TokenBatch
 from store.load import routers_identity
 
@@ -42,7 +43,7 @@ def check_sharing(prepared: Prepared) -> None:
         )
     if parallel.trace is not None:
         traces.load(Path(parallel.trace), prepared.model.shape, routers_identity(prepared.weights, prepared.model.placement))
-    elif predictor.kind in ("none", "recent") and _asks_for_loads(prepared):
+    elif predictor.kind in SILENT and _asks_for_loads(prepared):
         raise ConfigError(
             f"parallel.placement: {parallel.placement!r} goes by loads, and predictor.kind is {predictor.kind}; name a trace in "
             "parallel.trace (what trace.save leaves), or write parallel.placement=round_robin without replicas"

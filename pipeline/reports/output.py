@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class OutputDir:
             raise ConfigError(f"output_dir: {self.path} is being written by another run; give another output_dir")
 
     def unfinished(self, inputs: str) -> list[dict[str, Any]]:
-        """The journal of an unfinished run of the same inputs; empty if there is none. Changes nothing.
+        """The journal of an unfinished run of the same inputs; empty if none has finished a batch. Changes nothing.
 
         Args:
             inputs: identifies data and model.
@@ -62,13 +62,14 @@ class OutputDir:
         """
         finished = (self.path / METRICS).exists()
         entries = [] if finished else self._read_journal()
-        if entries:
-            state = json.loads((self.path / STATE).read_text())
-            if state["inputs"] != inputs:
-                raise ConfigError(
-                    f"output_dir: {self.path} holds an unfinished run over other data or another model (the files have "
-                    "changed since); give another output_dir or remove it"
-                )
+        if not any("batch" in entry for entry in entries):
+            return []
+        state = json.loads((self.path / STATE).read_text())
+        if state["inputs"] != inputs:
+            raise ConfigError(
+                f"output_dir: {self.path} holds an unfinished run over other data or another model (the files have "
+                "changed since); give another output_dir or remove it"
+            )
         return entries
 
     def start_anew(self, inputs: str) -> None:
@@ -110,8 +111,8 @@ class OutputDir:
                 raise ConfigError(f"output_dir: {self.path} holds files that are not a run's; give another output_dir")
             return
         journal = self.path / JOURNAL
-        if journal.exists() and journal.stat().st_size == 0 and not (self.path / METRICS).exists():
-            return  # that run ended before its first batch: there is nothing of it to protect
+        if journal.exists() and not _has_batches(journal) and not (self.path / METRICS).exists():
+            return  # that run ended before its first batch: there is nothing of it to protect, whatever it may have lost
         try:
             theirs = json.loads(state_path.read_text())["config"]
         except (ValueError, KeyError, TypeError):
@@ -124,18 +125,12 @@ class OutputDir:
             )
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """Whole lines only: a killed run may have left the last one unfinished."""
+        """Whole lines only: a killed run may have left the last one unfinished, and that is cut off."""
         self._journal.seek(0)
-        entries, end = [], 0
-        for line in self._journal:
-            if not line.endswith(b"\n"):
-                break
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
-            end += len(line)
-        self._journal.truncate(end)
+        lines = [line for line in self._journal if line.endswith(b"\n")]
+        self._journal.truncate(sum(map(len, lines)))
         self._journal.seek(0, os.SEEK_END)
-        return entries
+        return list(_entries(lines))
 
 
 class InOrder:
@@ -238,6 +233,18 @@ def flat(config: Config, left_out: tuple[str, ...]) -> dict[str, Any]:
 
     add("", config.to_dict())
     return keys
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What a journal's lines say; one that is not whole says nothing."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def _has_batches(journal: Path) -> bool:
+    with journal.open("rb") as lines:
+        return any("batch" in entry for entry in _entries(lines))
 
 
 def _labels(flat: dict[str, Any]) -> list[str]:

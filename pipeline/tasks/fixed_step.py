@@ -44,13 +44,19 @@ class FixedStep:
     def __init__(self, model: PreTrainedModel, rows: int, most: int):
         self._model = model
         self.most = most
-        self.cache = Cache(layers=[StaticLayer(most) for _ in _layer_types(model)])
+        self._layers = [StaticLayer(most) for _ in _layer_types(model)]
+        self.cache = Cache(layers=[*self._layers])
         device = model.device
         self.inputs: Inputs = {
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device),
             "attention_mask": torch.ones(rows, 1, dtype=torch.int64, device=device),
             "seen": torch.ones(rows, most, dtype=torch.int64, device=device),
         }
+
+    @property
+    def cache_bytes(self) -> int:
+        """0 before the first prompt."""
+        return sum(part.nbytes for layer in self._layers for part in (layer.keys, layer.values) if part is not None)
 
     def reset(self) -> None:
         """Before the prompt of another batch."""

@@ -120,6 +120,33 @@ def test_steps_write_what_transformers_does(tmp_path, model, way):
     assert ways <= {ran, "eager: a prompt", "eager: first of its shape"}
 
 
+def test_recorded_steps_are_kept_as_far_as_there_is_room_for_their_caches(tmp_path, model, monkeypatch):
+    """The step under way in any case; and each is counted before its cache is there."""
+    from pipeline.gpu import replays
+    from tests.pipeline.host_gpu import HostGraphs, host_gpu
+
+    monkeypatch.setattr(HostGraphs, "refused", None)
+    (tmp_path / "arenas").mkdir()
+    served = Served(model[0], tmp_path / "arenas")
+    with served.store(), host_gpu():
+        executor = Executor(ExecutorSpec(served.spec, task(), served.arena, 0, "lookahead", "cpu", 1))
+        try:
+            executor.execute(batches()[0], timed(Nobody(served.spec.shape), batches()[0].tokens))
+            kept = executor._device.replays
+            ((rows, most),) = kept._fixed
+            one, layers = kept.cache_bytes, kept._fixed[rows, most].step.cache.layers
+            assert one == sum(tensor.numel() * 4 for layer in layers for tensor in (layer.keys, layer.values)) > 0
+            kept.fixed(rows, 2 * most)
+            assert len(kept._fixed) == 2 and kept.cache_bytes == 3 * one
+            monkeypatch.setattr(replays, "KEPT_BYTES", 5 * one)
+            kept.fixed(rows, 3 * most)
+            assert [*kept._fixed] == [(rows, 2 * most), (rows, 3 * most)]
+            kept.fixed(rows, 6 * most)
+            assert [*kept._fixed] == [(rows, 6 * most)] and kept.cache_bytes == 6 * one
+        finally:
+            executor.close()
+
+
 def test_all_steps_are_counted(tmp_path, model):
     """Without slots every use is a miss, and every miss is an expert's bytes."""
     directory, _ = model

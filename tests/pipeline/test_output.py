@@ -161,6 +161,19 @@ def test_a_config_that_was_refused_before_anything_was_done_does_not_stand_in_th
     run.close()
 
 
+@pytest.mark.parametrize("said", [{"loss": {"what": "executor", "name": "Executor-0"}}, {"window": 0, "rows": [[1, 0]]}])
+def test_a_run_that_answered_no_row_does_not_stand_in_the_way_of_another_whatever_else_it_said(tmp_path, said):
+    unfinished(tmp_path / "out", batches=0)
+    with (tmp_path / "out" / JOURNAL).open("a") as journal:
+        journal.write(json.dumps(said) + "\n")
+    run = OutputDir(config(tmp_path / "out", seed=3))
+    assert begin(run, "other inputs") == []
+    run.add(entry(0))
+    run.close()
+    assert read_jsonl(tmp_path / "out" / JOURNAL) == [entry(0)]
+    refused(tmp_path / "out", seed=4)
+
+
 def test_changed_inputs_are_refused(tmp_path):
     unfinished(tmp_path / "out")
     before = (tmp_path / "out" / JOURNAL).read_bytes()

@@ -10,12 +10,18 @@ from predictor.calibration import Calibration, inclusion
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import Width
 from predictor.nobody import Nobody
+from predictor.registry import BY_TOKEN, KINDS, SILENT, STEPPING, TRAINED
 from predictor.stepping import HALF_LIFE, Foresight, LSTMSteps, TokenSteps, source_of, together
 from predictor.token_table import TokenTable
 from predictor.tokens import RoutingShape, TokenBatch
 from tests.predictor.made_traces import ragged, random_trace
 
 SHAPE = RoutingShape(experts=(6, 8), streams=(0, 0), top_k=2, vocab_size=50)
+
+
+def test_what_a_kind_of_predictor_can_do_is_said_of_kinds_that_there_are():
+    assert {*TRAINED, *SILENT} < {*KINDS} and not {*TRAINED} & {*SILENT}
+    assert {*BY_TOKEN} < {*TRAINED} < {*STEPPING} and {*STEPPING} - {*TRAINED} < {*SILENT}
 
 
 def tokens(*rows: list[int]) -> TokenBatch:
