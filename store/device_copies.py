@@ -25,11 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from store.arena import Arena
-from store.doubt import Doubt
 from store.eviction import Policy
+from store.judged import JudgedSchedule
 from store.lanes import Lanes, Mark
 from store.layout import Key
-from store.schedule import Schedule
 from store.slots import Slots
 
 DEPTH = 8
@@ -40,7 +39,7 @@ PART = 8
 """Experts that are worth a part of a layer: its kernels take less time than their copies, and the link has others to bring."""
 
 
-class DeviceCopyEngine(Schedule):
+class DeviceCopyEngine(JudgedSchedule):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, may_doubt: bool = False):
@@ -48,9 +47,8 @@ class DeviceCopyEngine(Schedule):
         Args:
             may_doubt: whoever runs forwards heeds `is_doubted`.
         """
-        super().__init__(arena, slots, policy)
-        self._doubt = Doubt(slots.count) if may_doubt else None
-        self._unheeded: set[int] = set()  # batches whose tables are only judged
+        self._experts = sum(layer.experts for layer in arena.layout.layers)
+        super().__init__(arena, slots, policy, may_doubt and slots.count < self._experts)
         self._depth = max(1, min(DEPTH, slots.count // 8))
         self._part = max(1, min(PART, slots.count // 8))
         self._lanes = lanes
@@ -63,7 +61,6 @@ class DeviceCopyEngine(Schedule):
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
-        self._experts = sum(layer.experts for layer in arena.layout.layers)
         self.is_complete = False
         """Every expert is in a slot, and nothing will ever move again."""
         self._under_way: deque[tuple[Key, Mark]] = deque()
@@ -79,20 +76,8 @@ class DeviceCopyEngine(Schedule):
         self._thread.start()
 
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        if self.is_complete:
-            return
-        if self._doubt is None or not self._doubt.asks:
+        if not self.is_complete:
             super().plan(batch, uses)
-            return
-        with self._changed:
-            if batch not in self._planned and batch > self._last_finished:
-                self._planned.add(batch)
-                self._unheeded.add(batch)
-                self._said.update((batch * self._layers + layer, experts) for layer, experts in enumerate(uses))
-
-    def is_doubted(self, batch: int) -> bool:
-        """Whether what a batch's routers name should be wanted (`demand`), layer by layer: tables have done worse than none."""
-        return not self.is_complete and self._doubt is not None and (self._doubt.asks or batch in self._unheeded)
 
     def is_ready(self, batch: int) -> bool:
         """Whether all that the tables want for the batch is in slots: its forward need not be held anywhere."""
@@ -161,7 +146,6 @@ class DeviceCopyEngine(Schedule):
             self._enqueuing = False
             self._catch_up()
             super().finish(batch)
-            self._unheeded = {later for later in self._unheeded if later > batch}
 
     def demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         """Wants experts for a layer that is about to run, before all else: its router has named them. `stage` must follow."""
@@ -202,13 +186,6 @@ class DeviceCopyEngine(Schedule):
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-
-    def _judge(self, position: int, used: list[int], missed: int) -> None:
-        """Routers have spoken."""
-        layer, said = position % self._layers, self._said.get(position)
-        if said is not None and self._doubt is not None:
-            self._doubt.heard(layer, used, {expert for expert, _ in self._trust.worth(layer, said)}, missed)
-        self._learn(position, used)
 
     def _is_held(self) -> bool:
         """Whether the layer that is staged has to wait."""
@@ -295,8 +272,7 @@ class DeviceCopyEngine(Schedule):
         self.slots.complete(key)
         self.is_complete = self.is_complete or self.slots.ready_count == self._experts
         self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-        if self._doubt is not None:
-            self._doubt.copied()
+        self._has_come()
         self._demanded.pop(key, None)
         if key in self._awaited:
             self._awaited.remove(key)

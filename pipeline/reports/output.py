@@ -64,8 +64,7 @@ class OutputDir:
         entries = [] if finished else self._read_journal()
         if not any("batch" in entry for entry in entries):
             return []
-        state = json.loads((self.path / STATE).read_text())
-        if state["inputs"] != inputs:
+        if json.loads((self.path / STATE).read_text())["inputs"] != inputs:
             raise ConfigError(
                 f"output_dir: {self.path} holds an unfinished run over other data or another model (the files have "
                 "changed since); give another output_dir or remove it"
