@@ -8,7 +8,7 @@ is, on the row's `training` data, unless its file is there already: `directory/R
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.check_config import check_config
-from pipeline.config import Config, parse
+from pipeline.config import Config, TraceConfig, parse
 from pipeline.errors import ConfigError
 from pipeline.predicting.train import TRAINED, train
 from pipeline.read_config import apply, build
@@ -53,6 +53,17 @@ class Sheet:
         check_config(config, row)
         return config
 
+    def training(self, row: str, predictor: str | None = None) -> Config:
+        """As `config`, but of the data that is trained on.
+
+        Raises:
+            ConfigError: the row has none.
+        """
+        if "training" not in self.rows[row]:
+            raise ConfigError(f"rows.{row}: {predictor or 'what is asked for'} has to be trained; name its data under `training`")
+        data = {"limit": None} | self.rows[row]["training"]
+        return parse(_over(self.config(row, predictor).to_dict(), {"data": data}), row)
+
     def train(self, row: str) -> None:
         """Trains the predictors that have to be and are not there, all on one trace of the row's `training` data.
 
@@ -62,15 +73,11 @@ class Sheet:
         missing = [name for name, keys in self.predictors.items() if "train" in keys and not self._path(row, name).exists()]
         if not missing:
             return
-        if "training" not in self.rows[row]:
-            raise ConfigError(f"rows.{row}: {missing[0]} has to be trained; name its data under `training`")
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.directory) as beside:
-            trace = {"save": str(Path(beside) / "trace.safetensors")}
-            for name in missing:
-                own = {"data": {"limit": None} | self.rows[row]["training"], "trace": trace}
-                train(parse(_over(self.config(row, name).to_dict(), own), row))
-                trace = {"load": str(Path(beside) / "trace.safetensors")}
+            file = str(Path(beside) / "trace.safetensors")
+            for number, name in enumerate(missing):
+                train(replace(self.training(row, name), trace=TraceConfig(load=file) if number else TraceConfig(save=file)))
 
     def paper(self, row: str, table: str) -> str:
         """What the paper has in this place, if anything."""
