@@ -9,6 +9,8 @@ softmax although that is trained for order rather than for size; and the decoder
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -26,12 +28,40 @@ def sparsemax(scores: torch.Tensor) -> torch.Tensor:
 
     Entries of -inf get exactly 0. Each row needs one finite entry.
     """
-    ordered = scores.sort(dim=-1, descending=True).values
-    sums = ordered.cumsum(dim=-1)
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-    support = (1 + rank * ordered > sums).sum(dim=-1, keepdim=True)  # -inf is never in the support
-    threshold = (sums.gather(-1, support - 1) - 1) / support
-    return (scores - threshold).clamp(min=0)
+    return _Sparsemax.apply(scores)
+
+
+class _Sparsemax(torch.autograd.Function):
+    """Without the sort of the textbook, which with its gradient took half of a training step on rows of 600 tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Newton's steps for the threshold over which sum(max(score - threshold, 0)) is 1.
+
+        They come from below and never pass it, so that entries only drop out; once none does, the threshold is exact.
+        """
+        shifted = scores - scores.amax(dim=-1, keepdim=True)
+        above = torch.empty_like(shifted)
+        threshold = torch.full_like(shifted[..., :1], -1.0)  # the largest entry alone is over it by 1
+        support = torch.zeros_like(threshold)
+        for _ in range(scores.shape[-1] + 1):  # seldom more than ten
+            torch.sub(shifted, threshold, out=above).clamp_(min=0)
+            excess = (above.sum(dim=-1, keepdim=True) - 1).clamp_(min=0)  # below 0 by rounding only
+            before, support = support, above.sign_().sum(dim=-1, keepdim=True)
+            threshold += excess / support
+            if torch.equal(before, support):
+                break
+        projected = shifted.sub_(threshold).clamp_(min=0)
+        ctx.save_for_backward(projected)
+        return projected
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Within a row's support, less its mean there."""
+        (projected,) = ctx.saved_tensors
+        support = projected.sign()
+        mean = (gradient * support).sum(dim=-1, keepdim=True) / support.sum(dim=-1, keepdim=True)
+        return (gradient - mean).mul_(support)
 
 
 class HashFunction(nn.Module):

@@ -1,20 +1,22 @@
 """A sheet: which models on which data, and which predictors, the paper's tables are made of. One YAML file, validated here.
 
 A row of the tables is a config without a predictor; each of the sheet's predictors is put into each row. One that has to be trained
-is, on the row's `training` data, unless its file is there already: `directory/ROW-PREDICTOR.safetensors`.
+is, on the row's `training` data, unless its file is there already: `directory/ROW-PREDICTOR.safetensors`. What a row says under
+`train`, rows a batch say, is for all that is trained on it, below what the predictor says itself.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
 from pipeline.check_config import check_config
-from pipeline.config import Config, parse
+from pipeline.config import Config, TraceConfig, parse
 from pipeline.errors import ConfigError
 from pipeline.predicting.train import TRAINED, train
 from pipeline.read_config import apply, build
@@ -46,24 +48,36 @@ class Sheet:
         data["predictor"] = {key: value for key, value in keys.items() if key != "train"}
         if predictor is not None and "train" in keys:
             data["predictor"]["path"] = str(self._path(row, predictor))
-            data["train"] = keys["train"]
+            data = _over(data, {"train": keys["train"]})
         config = parse(data, row)
         check_config(config, row)
         return config
 
-    def train(self, row: str, predictor: str) -> None:
-        """Trains a predictor if it has to be and is not there.
+    def training(self, row: str, predictor: str | None = None) -> Config:
+        """As `config`, but of the data that is trained on.
+
+        Raises:
+            ConfigError: the row has none.
+        """
+        if "training" not in self.rows[row]:
+            raise ConfigError(f"rows.{row}: {predictor or 'what is asked for'} has to be trained; name its data under `training`")
+        data = {"limit": None} | self.rows[row]["training"]
+        return parse(_over(self.config(row, predictor).to_dict(), {"data": data}), row)
+
+    def train(self, row: str) -> None:
+        """Trains the predictors that have to be and are not there, all on one trace of the row's `training` data.
 
         Raises:
             One of USER_ERRORS: what the sheet says cannot work.
         """
-        if "train" not in self.predictors[predictor] or self._path(row, predictor).exists():
+        missing = [name for name, keys in self.predictors.items() if "train" in keys and not self._path(row, name).exists()]
+        if not missing:
             return
-        if "training" not in self.rows[row]:
-            raise ConfigError(f"rows.{row}: {predictor} has to be trained; name its data under `training`")
-        data = _over(self.config(row, predictor).to_dict(), {"data": {"limit": None} | self.rows[row]["training"]})
-        self._path(row, predictor).parent.mkdir(parents=True, exist_ok=True)
-        train(parse(data, row))
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.directory) as beside:
+            file = str(Path(beside) / "trace.safetensors")
+            for number, name in enumerate(missing):
+                train(replace(self.training(row, name), trace=TraceConfig(load=file) if number else TraceConfig(save=file)))
 
     def paper(self, row: str, table: str) -> str:
         """What the paper has in this place, if anything."""

@@ -125,8 +125,7 @@ def _measured(sheet: Sheet, row: str, answers: bool, say: Say) -> Measured | Non
         say(f"{row} is left out: {missing[0]}: no such file or directory")
         return None
     with contextlib.redirect_stdout(sys.stderr):
-        for predictor in sheet.predictors:
-            sheet.train(row, predictor)
+        sheet.train(row)
     return measure(config, {name: sheet.config(row, name) for name in sheet.predictors}, answers)
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from pipeline.errors import ConfigError
+from pipeline.predicting import train as training
 from pipeline.predicting.measured import measure
 from pipeline.predicting.sheet import load_sheet
 from pipeline.predicting.tables import TABLES, lines, main
+from pipeline.predicting.train import record
 from predictor.errors import PredictorError
 from tests.conftest import ROOT, SENTENCES, save_switch, write_tsv
 
@@ -131,10 +134,30 @@ def test_what_a_prediction_costs_is_measured(sheet):
 def test_a_predictor_of_another_model_is_refused(sheet):
     other = [f"rows.head.model.path={sheet.parent / 'text'}", "rows.head.task=score", "rows.head.data.target=sentence"]
     loaded = load_sheet(sheet, other)
-    load_sheet(sheet, []).train("head", "token table")
+    load_sheet(sheet, []).train("head")
     config = loaded.config("head", "token table")
     with pytest.raises(PredictorError, match="made for another model"):
         measure(loaded.config("head"), {"token table": config}, answers=False)
+
+
+def test_what_a_row_trains_is_trained_on_one_trace(sheet, tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr(training, "record", lambda prepared: traced.append(prepared) or record(prepared))
+    lstm = "{kind: lstm, train: {epochs: 1, hidden: 8}}"
+    found = {}
+    for directory, predictors in (("both", ["lstm", "table"]), ("alone", ["table"])):
+        kinds = {"lstm": lstm, "table": "{kind: token_table, train: {}}"}
+        said = ", ".join(f"{name}: {kinds[name]}" for name in predictors)
+        loaded = load_sheet(
+            sheet, [f"directory={tmp_path / directory}", f"predictors={{{said}}}", "rows.head.train={batch_size: 5}"]
+        )
+        loaded.train("head")
+        found[directory] = {path.name: load_file(path) for path in (tmp_path / directory).glob("*.safetensors")}
+        assert loaded.config("head", predictors[0]).train.batch_size == 5
+    assert len(traced) == 2  # one a sheet
+    assert sorted(found["both"]) == ["head-lstm.safetensors", "head-table.safetensors"]
+    together, alone = (found[directory]["head-table.safetensors"] for directory in ("both", "alone"))
+    assert all((together[name] == tensor).all() for name, tensor in alone.items())
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,35 @@ def test_sparsemax_gives_nothing_to_masked_entries_and_projects_the_others():
         np.testing.assert_allclose(projected[~hidden], simplex_projection(row[~hidden]), atol=1e-9)
 
 
-def test_sparsemax_has_finite_gradients_next_to_masked_entries():
-    scores = torch.tensor([[1.0, 0.5, -1.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    hidden = torch.tensor([[False, False, True], [True, True, False]])
-    (sparsemax(scores.masked_fill(hidden, float("-inf"))) * torch.arange(3.0)).sum().backward()
-    assert scores.grad.isfinite().all()
-    assert scores.grad[0, :2].abs().sum() > 0
+def by_sorting(scores: torch.Tensor) -> torch.Tensor:
+    """Sparsemax as its paper writes it, gradients by autograd."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    sums = ordered.cumsum(dim=-1)
+    support = (1 + torch.arange(1, scores.shape[-1] + 1) * ordered > sums).sum(dim=-1, keepdim=True)
+    return (scores - (sums.gather(-1, support - 1) - 1) / support).clamp(min=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 100.0])
+def test_sparsemax_and_its_gradient_are_those_of_the_sort(spread):
+    torch.manual_seed(0)
+    scores = spread * torch.randn(3, 20, 50)
+    hidden = torch.rand(scores.shape) < 0.3
+    hidden[..., 0] = False  # one entry of each row stays
+    weights = torch.randn(scores.shape)
+    found = []
+    for project in (sparsemax, by_sorting):
+        leaf = scores.clone().requires_grad_()
+        projected = project(leaf.masked_fill(hidden, float("-inf")))
+        (gradient,) = torch.autograd.grad((projected * weights).sum(), leaf)
+        found.append((projected.detach(), gradient))
+    (projected, gradient), (sorted_projected, sorted_gradient) = found
+    assert ((projected > 0) == (sorted_projected > 0)).all()
+    torch.testing.assert_close(projected, sorted_projected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, sorted_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_sparsemax_of_scores_that_are_no_numbers_ends_and_is_none_either():
+    assert sparsemax(torch.tensor([[float("nan"), 1.0], [0.0, 2.0]]))[0].isnan().all()
 
 
 def test_pack_puts_the_encoder_before_the_decoder_and_padding_last():
