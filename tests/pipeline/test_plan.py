@@ -8,10 +8,12 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from pipeline.bench.workload import record_batches
 from pipeline.config import Config, parse
 from pipeline.errors import ModelError
 from pipeline.executor import Executor
@@ -29,6 +31,7 @@ from pipeline.weights import hub
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Random
+from store.actor import ExpertStore
 from store.checkpoint import DTYPES, Checkpoint
 from store.errors import SpaceError
 from store.load import load
@@ -202,6 +205,19 @@ def test_a_recorded_trace_is_in_the_order_of_the_input_whatever_the_order_of_its
     train(make(batch={"size": 4, "order": "length"}, predictor={"kind": "oracle", "path": str(path)}))
     recorded = traces.load(path, prepare(config).model.shape, None).tokens.streams[0]
     assert [row.tolist() for row in recorded] == [row.tolist() for row in rows]
+
+
+@pytest.mark.parametrize("interrupted", [train, record_batches])
+def test_nothing_holds_the_arena_once_a_recording_is_interrupted(make, tmp_path, monkeypatch, interrupted):
+    """By Ctrl-C or SIGTERM; then it goes, or can be removed."""
+    config = make(predictor={"kind": "oracle", "path": str(tmp_path / "trace.safetensors")})
+    prepared = prepare(make())
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
+    store.open()
+    monkeypatch.setattr(Executor, "trace", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(config if interrupted is train else prepared)
+    assert store.close(keep=False), "nobody else holds it"
 
 
 def test_with_overlap_order_the_batches_are_those_that_a_run_would_make(make, trace):
