@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,13 +116,12 @@ def record_workload(prepared: Prepared, arena: ArenaInfo, output: Path) -> Workl
 
 def record_batches(prepared: Prepared) -> list[Trace]:
     """The routing of every batch, as it is served; the arena must stand."""
-    executor = Executor(replace(prepared.executor_spec(), slots=0))
     recorded = []
-    with bar(f"recording batches of {prepared.config.batch.size}", len(prepared.batches)) as shown:
+    shown = bar(f"recording batches of {prepared.config.batch.size}", len(prepared.batches))
+    with closing(Executor(replace(prepared.executor_spec(), slots=0))) as executor, shown:
         for batch in prepared.batches:
             recorded.append(executor.trace(batch, prepared.model.shape.top_k))
             shown.update()
-    executor.close()
     return recorded
 
 

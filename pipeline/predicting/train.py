@@ -64,9 +64,9 @@ def train(config: Config) -> Accuracy:
     if len(prepared.rows) < 2 and config.predictor.kind != "oracle" and config.trace.load is None:
         raise DataError(f"{config.data.path}: holds one row; training needs two or more, some of them held out")
     store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
-    with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
-        store.open(shown.update)
     try:
+        with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
+            store.open(shown.update)
         arena = Arena.attach(prepared.arena)
         assert arena is not None, "the store keeps it"
         with closing(arena):
@@ -92,13 +92,11 @@ def _trace(prepared: Prepared, arena: Arena) -> traces.Trace:
 
 def record(prepared: Prepared) -> traces.Trace:
     """The routing of every row, in the order of the file's batches."""
-    executor = Executor(prepared.executor_spec())
     parts = []
-    with bar("tracing", len(prepared.rows)) as shown:
+    with closing(Executor(prepared.executor_spec())) as executor, bar("tracing", len(prepared.rows)) as shown:
         for batch in prepared.batches:
             parts.append(executor.trace(batch, traces.TOP_T))
             shown.update(len(batch.rows))
-    executor.close()
     return traces.join(parts)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-import torch
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from pipeline.bench.workload import record_batches
 from pipeline.config import Config, parse
 from pipeline.errors import ModelError
 from pipeline.executor import Executor
@@ -26,12 +26,12 @@ from pipeline.plan.recorded import replay
 from pipeline.predicting.train import train
 from pipeline.prepare import load_tokenizer, prepare
 from pipeline.reports.output import OutputDir
-from pipeline.run import run
 from pipeline.tasks.registry import make_task
 from pipeline.weights import hub
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Random
+from store.actor import ExpertStore
 from store.checkpoint import DTYPES, Checkpoint
 from store.errors import SpaceError
 from store.load import load
@@ -207,6 +207,19 @@ def test_a_recorded_trace_is_in_the_order_of_the_input_whatever_the_order_of_its
     assert [row.tolist() for row in recorded] == [row.tolist() for row in rows]
 
 
+@pytest.mark.parametrize("interrupted", [train, record_batches])
+def test_nothing_holds_the_arena_once_a_recording_is_interrupted(make, tmp_path, monkeypatch, interrupted):
+    """By Ctrl-C or SIGTERM; then it goes, or can be removed."""
+    config = make(predictor={"kind": "oracle", "path": str(tmp_path / "trace.safetensors")})
+    prepared = prepare(make())
+    store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
+    store.open()
+    monkeypatch.setattr(Executor, "trace", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(config if interrupted is train else prepared)
+    assert store.close(keep=False), "nobody else holds it"
+
+
 def test_with_overlap_order_the_batches_are_those_that_a_run_would_make(make, trace):
     rows = {}
     for order in ("input", "overlap"):
@@ -279,17 +292,3 @@ def test_random_weights_are_planned_without_making_them(tmp_path, arena_dir):
     known = footprint(parse(data, "test"))
     assert known.experts == 1536 and known.layout.expert_bytes > 20 * GIB
     assert known.model.dtype == "float32"
-
-
-@pytest.mark.slow
-def test_memory_is_what_a_run_then_reports(make, tmp_path):
-    config = make(store={"budget": "40%", "policy": "lru", "directory": str(tmp_path / "arenas")})
-    planned = plan(config)
-    metrics = run(config)
-    assert abs(planned["bytes"]["arena"] / metrics["arena"]["bytes"] - 1) < 0.02
-    assert abs(planned["bytes"]["experts"] / metrics["expert_bytes"]["total"] - 1) < 0.02
-    slots = int(0.4 * planned["bytes"]["experts"]) // planned["bytes"]["slot"]
-    assert metrics["expert_bytes"]["budget"] == slots * planned["bytes"]["slot"]
-    assert metrics["expert_bytes"]["resident_peak"] <= metrics["expert_bytes"]["budget"]
-    assert torch.cuda.is_available() or metrics["device_memory_peak_bytes"] is None
-    assert os.path.exists(tmp_path / "out" / "plan.json"), "a run leaves the plan where it is"

@@ -21,6 +21,7 @@ import yaml
 import runner
 from pipeline.cluster import cluster
 from pipeline.config import parse
+from pipeline.plan.command import plan
 from pipeline.run import run
 from tests.conftest import ROOT, SENTENCES, config_data, read_jsonl, save_switch, write_tsv
 
@@ -97,16 +98,23 @@ def reference(own_ray, tmp_path_factory, model) -> str:
     return (root / "out" / "predictions.jsonl").read_text()
 
 
-def test_answers_every_row_in_order_and_leaves_its_evidence(own_ray, settings, tmp_path, model):
-    metrics = run(parse(settings(batch={"size": 7, "order": "length"}), "test"))
+def test_answers_every_row_in_order_and_leaves_its_evidence_and_memory_is_as_planned(own_ray, settings, tmp_path, model):
+    config = parse(settings(batch={"size": 7, "order": "length"}), "test")
+    planned = plan(config)
+    metrics = run(config)
     rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     assert [row["index"] for row in rows] == list(range(len(ROWS)))
     assert {row["label"] for row in rows} <= {0, 1}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "metrics.json", "predictions.jsonl", "report.html", "run.json", "timeline.json",
+        "metrics.json", "plan.json", "predictions.jsonl", "report.html", "run.json", "timeline.json",
     ]  # fmt: skip
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["samples"] == len(ROWS)
+    assert abs(planned["bytes"]["arena"] / metrics["arena"]["bytes"] - 1) < 0.02
+    assert planned["bytes"]["experts"] == metrics["expert_bytes"]["total"]
+    slots = int(0.4 * planned["bytes"]["experts"]) // planned["bytes"]["slot"]
+    assert metrics["expert_bytes"]["budget"] == slots * planned["bytes"]["slot"]
+    assert torch.cuda.is_available() or metrics["device_memory_peak_bytes"] is None
     assert 0 < metrics["expert_bytes"]["resident_peak"] <= metrics["expert_bytes"]["budget"]
     moved, used = sum(metrics["copied_bytes"].values()), metrics["hit_rate"]
     assert moved > 0 and 0 <= used <= 1
