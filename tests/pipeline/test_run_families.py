@@ -1,7 +1,4 @@
-"""Families through the three Ray actors: `run` from a checkpoint to predictions.jsonl, as transformers scores and writes.
-
-One with shared experts and routers of its own, and one with biases. That every family is exact, test_families.py says without Ray.
-"""
+"""Four families through the three Ray actors: `run` from a checkpoint to predictions.jsonl, as transformers scores and writes."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ def model(request, tmp_path):
     return tmp_path / "model", cls.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("model", ["deepseek_v2"], indirect=True)
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v2"], indirect=True)
 def test_a_family_scores_through_ray(tmp_path, own_ray, model):
     directory, whole = model
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -70,7 +67,7 @@ def test_a_family_scores_through_ray(tmp_path, own_ray, model):
         assert row["logprob"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["gpt_oss"], indirect=True)
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss"], indirect=True)
 def test_a_family_writes_through_ray(tmp_path, own_ray, model, capsys):
     directory, whole = model
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
