@@ -140,7 +140,8 @@ def _stand_ins(prepared: Prepared, arena: Arena, parts: list[traces.Trace], path
         return Rehearsal(model.rehearser(of, prepared.device), None, shape, Width(3))
 
     if made.nbytes:
-        print(f"undistilled, held out: {_both(evaluate(rehearsal(made), parts[1], shape))}")
+        before = evaluate(rehearsal(made), parts[1], shape)
+        print(f"undistilled, held out: {_both(before)}")
 
         def under_way(of: StandIns) -> tuple:
             rehearser = model.rehearser(of, prepared.device)
@@ -148,7 +149,11 @@ def _stand_ins(prepared: Prepared, arena: Arena, parts: list[traces.Trace], path
 
         learner = Distillation(made.to(device), under_way, shape, prepared.config.train)
         _fit(prepared, learner, parts, path, arena)
-        made = learner.stand_ins()
+        distilled = learner.stand_ins()
+        if evaluate(rehearsal(distilled), parts[1], shape).mean_top1 > before.mean_top1:
+            made = distilled
+        else:
+            print("no epoch came up to that: the stand-ins are left undistilled")
     judged = rehearsal(made)
     accuracy = evaluate(judged, parts[2], shape)
     return replace(made, calibration=_calibration(calibrate(judged, parts[1], shape), accuracy)), accuracy

@@ -84,6 +84,21 @@ def test_a_run_saves_its_trace_whoever_decides_and_train_learns_from_it(settings
     assert oracle["prediction"]["top1"] == 1
 
 
+def test_what_distilling_makes_worse_is_not_kept(settings, tmp_path, capsys):
+    def trained(name: str, **how) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        train(settings("none", predictor={"path": str(path)}, train={"epochs": 1} | how))
+        return path
+
+    spoilt, still = trained("spoilt", lr=1e3), trained("still", lr=1e-9)
+    assert capsys.readouterr().out.count("left undistilled") >= 1
+    identity = _metadata(spoilt)["identity"]
+    for one, other in zip(load(spoilt, 3, identity).layers, load(still, 3, identity).layers, strict=True):
+        for part in one:
+            for name, tensor in one[part].tensors.items():
+                assert (tensor == other[part].tensors[name]).all(), f"{part} {name}"
+
+
 def test_a_predictor_that_does_worse_than_its_file_says_is_named_in_the_metrics(settings, tmp_path):
     made = tmp_path / "stand-ins.safetensors"
     train(settings("none", predictor={"path": str(made), "stand_ins": {"kind": "none"}}))
