@@ -21,7 +21,7 @@ MEMORY = 512.0
 TELLING = 1.5
 """How many times the odds of any expert of the layer those of a named one must be, for its name to say something."""
 EXACT = 0.01
-"""Where all quotients are as near to 1 as this, nothing is scaled: so with most predictors that are asked often, most of the time."""
+"""Where all quotients are as near to 1 as this, nothing is scaled: so it is with most predictors, most of the time."""
 RECENT = 0.05
 """What one batch counts for in the share of a layer's experts that batches use."""
 
