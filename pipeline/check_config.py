@@ -61,7 +61,7 @@ def check_config(config: Config, source: str) -> None:
         "batch.window": config.batch.window,
         "executors": config.executors,
         "cluster.nodes": 1 if config.cluster.nodes == "all" else config.cluster.nodes,
-        "predictor.top_k": config.predictor.top_k,
+        "predictor.top_k": 1 if config.predictor.top_k is None else config.predictor.top_k,
         "predictor.lookahead": 1 if config.predictor.lookahead == "auto" else config.predictor.lookahead,
         "data.limit": 1 if config.data.limit is None else config.data.limit,
         "train.epochs": config.train.epochs,

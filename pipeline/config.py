@@ -95,8 +95,8 @@ class PredictorConfig:
     kind: str = "lstm"
     path: str | None = None
     """The file that `train` wrote; a rehearsal does without."""
-    top_k: int = 3
-    """Experts per token and MoE layer in the hash tables; with `mass` at most so many."""
+    top_k: int | None = None
+    """Experts per token and MoE layer in the hash tables; with `mass` at most so many. None: see `named`."""
     mass: float | None = None
     """Instead of `top_k` experts as many as come to this share of a token's probability, 0..1."""
     stand_ins: StandInConfig = field(default_factory=StandInConfig)
@@ -105,6 +105,10 @@ class PredictorConfig:
     """cpu, or cuda for a GPU of its own: in the Predictor actor; executor: in the Executor's process, on its device."""
     lookahead: int | Literal["auto"] = "auto"
     """Batches predicted ahead; auto: until they name 10 x slots expert uses, at most 64."""
+
+    def named(self, chosen: int) -> int:
+        """How many experts a table names for a token: `top_k`, or 3, and no fewer than the router chooses."""
+        return max(3, chosen) if self.top_k is None else self.top_k
 
 
 @dataclass(frozen=True)

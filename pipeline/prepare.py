@@ -90,9 +90,8 @@ class Prepared:
         config = self.config.predictor
         path = made or (Path(config.path).resolve() if config.path else None)
         device = self.device if self.predictor_device == "executor" else self.predictor_device
-        return PredictorSpec(
-            config.kind, path, config.top_k, self.model.shape, identity, self.config.seed, config.mass, self.slots, device
-        )
+        shape, seed = self.model.shape, self.config.seed
+        return PredictorSpec(config.kind, path, config.named(shape.top_k), shape, identity, seed, config.mass, self.slots, device)
 
 
 def prepare(config: Config) -> Prepared:

@@ -43,6 +43,9 @@ class Policy(Protocol):
     def order(self) -> Iterator[Key]:
         """The resident experts, first to go first. Not to be changed while iterating."""
 
+    def outlasts(self, key: Key, resident: Key) -> bool:
+        """Whether `key`, which is used now, should have the slot of `resident`, where no table wants either again."""
+
 
 class FIFO:
     """First in, first out: SiDA-MoE's choice (section 3.4)."""
@@ -69,6 +72,9 @@ class FIFO:
 
     def order(self) -> Iterator[Key]:
         return iter(self._keys)
+
+    def outlasts(self, key: Key, resident: Key) -> bool:
+        return True
 
 
 class LRU(FIFO):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from store.layout import Key
 
-HALF_LIFE = 32.0
+HALF_LIFE = 16.0
 """Of a use, beyond the tables' reach, in rounds of the resident experts: one use now weighs as much as two so long ago."""
 
 SMOOTHING = 0.01
@@ -59,6 +59,9 @@ class Priority:
     def order(self) -> Iterator[Key]:
         return iter(sorted(self._keys, key=self._worth))
 
+    def outlasts(self, key: Key, resident: Key) -> bool:
+        return True
+
     def _worth(self, key: Key) -> float:
         if key not in self._next_use:
             return 0.0
@@ -72,7 +75,7 @@ class LookAhead:
     A use that is not certain counts as later than it is, by the time that the expert usually stays away, as far as it may fail to
     come. Before all these go the experts that none wants, the one with the fewest and oldest uses first: every use weighs half as
     much after `HALF_LIFE` (Lee et al., LRFU, 2001). Such a weight, as a logarithm, never changes until the next use, so that
-    the order is kept in a heap and never made anew.
+    the order is kept in a heap and never made anew. Whoever would be the first to go again is better not let in (as in TinyLFU).
     """
 
     looks_ahead = True
@@ -125,10 +128,16 @@ class LookAhead:
             for place in out:
                 heapq.heappush(self._heap, place)
 
+    def outlasts(self, key: Key, resident: Key) -> bool:
+        return self._used_now(key) >= self._weight[resident]
+
     def _touch(self, key: Key) -> None:
         self._time += 1 / (HALF_LIFE * (len(self._place) + 1))
-        before = self._weight.get(key, -math.inf)
-        self._weight[key] = self._time + math.log2(1 + 2 ** (before - self._time))
+        self._weight[key] = self._used_now(key)
+
+    def _used_now(self, key: Key) -> float:
+        """What it weighs with a use at this time."""
+        return self._time + math.log2(1 + 2 ** (self._weight.get(key, -math.inf) - self._time))
 
     def _insert(self, key: Key) -> None:
         place = self._place[key] = (-self._next_use.get(key, math.inf), self._weight[key], key)

@@ -1,11 +1,13 @@
 """The schedule of copies that are free to begin late: an expert comes when its layer is the next to be read, and not sooner.
 
 Where a copy and a read in place take the same way and the same time, as on a CPU, nothing is won by copying early at the cost of
-an expert that is wanted too; waiting shows who has to go. (A GPU's link must be kept busy: schedule.py has the bounds for that.)
-Free slots, and those of experts that no table wants, are filled ahead here too.
+another; waiting shows who has to go. That no table wants an expert yet means little where tables reach a few batches: the next one
+may, and whoever went for it early is there again for nothing. (A GPU's link must be kept busy: schedule.py has the bounds for
+that.) Free slots are filled ahead here too.
 
-And who is read without having had a slot moves anyway: it may as well stay, if somebody can go who is not wanted sooner. So what no
-table foretells is kept as any cache keeps it, and wrong tables cost what no tables do.
+And who is read without having had a slot moves anyway: it may as well stay, if somebody can go who is not wanted sooner, and who is
+worth less by the policy where no table wants either. So what no table foretells is kept as any cache keeps it, and wrong tables
+cost what no tables do.
 
 Only policies that know the tables are held to this; the others take whom they like, as the papers have it.
 """
@@ -29,7 +31,7 @@ a batch and a budget of 10, 20 and 40 %, this moves 1.28, 1.55 and 2.24 times wh
 
 
 class JustInTime(Schedule):
-    """A Schedule whose copies at a wanted expert's cost come last of all."""
+    """A Schedule whose copies at another's cost come last of all."""
 
     worth_knowing, worth_copying = KNOWN, SURE
     _ranked = -1
@@ -61,7 +63,7 @@ class JustInTime(Schedule):
         if not self.slots.has_free:
             again = self._next_uses[key][0] if self._next_uses[key] else NEVER
             victim = self._victim(again)
-            if victim is None:
+            if victim is None or (again == NEVER and not self._policy.outlasts(key, victim)):
                 return False
             self._evict(victim)
         self._policy.admitted(key)
@@ -72,6 +74,8 @@ class JustInTime(Schedule):
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
         if position > self._now:
             return None
+        if not self._next_uses[victim] and self._wanted_again(key, position) == NEVER:
+            return self._policy.outlasts(key, victim)
         return self._is_worth(key, position, victim)
 
     def _open_queue(self) -> list[tuple[int, float, Key]] | None:

@@ -209,7 +209,7 @@ class Schedule:
                     victim = self._victim(position)
                     if victim is None:
                         return None
-                    if self._policy.looks_ahead and self._next_uses[victim]:
+                    if self._policy.looks_ahead:
                         comes = self._comes(key, position, victim)
                         if comes is None:
                             return None
@@ -225,7 +225,9 @@ class Schedule:
             return None
 
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
-        """Whether `key` comes now at the cost of `victim`, which is wanted too; None: not yet, and nobody behind it either."""
+        """Whether `key` comes now at the cost of `victim`; None: not yet, and nobody behind it either."""
+        if not self._next_uses[victim]:
+            return True
         if position > self._now + NEAR and len(self._early) >= FAR:
             return None
         if len(self._early) >= self._most_early:

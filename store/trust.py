@@ -1,10 +1,11 @@
-"""How far what tables say comes true: their probabilities are scaled down where forwards have shown them too sure.
+"""How far what tables say comes true: their probabilities are scaled to what forwards have shown of them.
 
 A predictor says of every use how likely it is. Routers then tell, for nothing. What was expected and what came are added up per MoE
 layer and degree of sureness, the newest counting most; their quotient is what such a word is worth. So tables that are right lose
-nothing, and soon nothing is done on the word of one that guesses.
+nothing, soon nothing is done on the word of one that guesses, and one that is right more often than it says, as a rehearsal whose
+temperature nobody has found, is soon as sure as it may be.
 
-Knows experts as numbers and nothing of what is done about them. Never makes a table surer than it is.
+Knows experts as numbers and nothing of what is done about them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ MEMORY = 512.0
 """Uses: when so many were expected of a degree, all that was seen so far counts half."""
 TELLING = 1.5
 """How many times the odds of any expert of the layer those of a named one must be, for its name to say something."""
+EXACT = 0.01
+"""Where all quotients are as near to 1 as this, nothing is scaled: so it is with most predictors, most of the time."""
 RECENT = 0.05
 """What one batch counts for in the share of a layer's experts that batches use."""
 
@@ -36,7 +39,7 @@ class Trust:
         self._experts = experts
         self._expected = [[0.0] * (DEGREES + 1) for _ in experts]
         self._came = [[0.0] * (DEGREES + 1) for _ in experts]
-        self._disappointed = [False] * len(experts)  # some degree of sureness has been too much
+        self._is_off = [False] * len(experts)  # some degree of sureness has been too much, or too little
         self._usual = [0.0] * len(experts)  # the share of a layer's experts that a batch uses
 
     def worth(self, layer: int, said: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -44,10 +47,10 @@ class Trust:
         usual = self._usual[layer]
         odds = TELLING * usual
         least = min(self.sure, max(self.least, odds / (1 - usual + odds)))
-        if not self._disappointed[layer]:  # most predictors that are asked often, most of the time
+        if not self._is_off[layer]:
             return [(expert, p) for expert, p in said if p >= least]
-        share = [min(1.0, (DOUBT + came) / (DOUBT + n)) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
-        scaled = ((expert, p * share[int(p * DEGREES)]) for expert, p in said if p >= least)
+        share = [(DOUBT + came) / (DOUBT + n) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
+        scaled = ((expert, min(1.0, p * share[int(p * DEGREES)])) for expert, p in said if p >= least)
         return [(expert, p) for expert, p in scaled if p >= least]
 
     def learn(self, layer: int, said: Sequence[tuple[int, float]], used: set[int]) -> None:
@@ -70,5 +73,5 @@ class Trust:
             if total > MEMORY:
                 expected[degree] /= 2
                 came[degree] /= 2
-        self._disappointed[layer] = any(c < n for c, n in zip(came, expected, strict=True))
+        self._is_off[layer] = any(abs(c - n) > EXACT * (DOUBT + n) for c, n in zip(came, expected, strict=True))
         self._usual[layer] += RECENT * (len(used) / self._experts[layer] - self._usual[layer])

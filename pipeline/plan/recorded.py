@@ -104,7 +104,8 @@ def _predicted(maker: HashPredictor, batches: list[Batch], settings: Regrouping)
 def _predictor(config: Config, model: ModelSpec, trace: Trace) -> tuple[HashPredictor, str]:
     """What makes the run's tables; the truth where that has no file yet, or where the weights that it reads are elsewhere."""
     wanted = config.predictor
-    truth = Oracle(trace, model.shape, wanted.top_k)
+    named = wanted.named(model.shape.top_k)
+    truth = Oracle(trace, model.shape, named)
     if wanted.kind == "oracle":
         return truth, "the true tables"
     if wanted.kind == "rehearsal":
@@ -117,7 +118,7 @@ def _predictor(config: Config, model: ModelSpec, trace: Trace) -> tuple[HashPred
         identity = routers_identity(weights, model.placement)
     except CheckpointError:
         return truth, f"the true tables, since the weights that {wanted.kind} needs are not here"
-    spec = PredictorSpec(wanted.kind, path, wanted.top_k, model.shape, identity, config.seed, wanted.mass)
+    spec = PredictorSpec(wanted.kind, path, named, model.shape, identity, config.seed, wanted.mass)
     return make(spec, _Headers(weights, model)), f"the tables of {wanted.kind}"
 
 

@@ -3,7 +3,7 @@
 Records what the routers decide on the config's data, once per batch size of `bench.batch_sizes`, and plays it through the
 simulator (store/simulator.py) for every budget of `bench.budgets`, every policy of `plan.policies` and several predictors;
 beside each stands what perfect foresight moves (Belady's MIN). Writes simulate.json, simulate.md and, with matplotlib,
-simulate.png into `output_dir`.
+simulate.png into `output_dir`. With task generate the texts are written first, and every forward is a batch (written.py).
 
 Counts, not times: the same on every machine.
 """
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.machine import hardware
 from pipeline.plan.simulate_report import draw, markdown
+from pipeline.plan.written import AHEAD, write
 from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.prepare import Prepared, own_predictor, prepare
 from pipeline.progress import bar
@@ -54,11 +55,13 @@ class History:
 
     Attributes:
         tables: by the name of the predictor, one per batch.
+        ahead: by the same, if they come so many batches ahead, and not as many as in a run over data that are known.
     """
 
     prepared: Prepared
     uses: Uses
     tables: dict[str, list[HashTable]]
+    ahead: dict[str, int] = field(default_factory=dict)
 
     @property
     def sequence(self) -> list[list[Key]]:
@@ -112,6 +115,8 @@ def record(config: Config, predictors: dict[str, Path]) -> History:
     with bar("placing experts", prepared.layout.nbytes, unit="B") as shown:
         arena = store.open(shown.update)
     try:
+        if config.task == "generate":
+            return _written(prepared, arena, predictors)
         recorded = record_batches(prepared)
         makers = _makers(prepared, arena, recorded, predictors)
     finally:
@@ -120,6 +125,19 @@ def record(config: Config, predictors: dict[str, Path]) -> History:
     uses = [[[expert for _, expert in layer] for layer in experts_used(trace, top_k)] for trace in recorded]
     tables = {name: [maker.predict(batch.tokens) for batch in prepared.batches] for name, maker in makers.items()}
     return History(prepared, uses, tables)
+
+
+def _written(prepared: Prepared, arena: ArenaInfo, predictors: dict[str, Path]) -> History:
+    """Each predictor's tables twice: as of texts that are known, and as they come while the texts are being written."""
+    texts, top_k = write(prepared), prepared.model.shape.top_k
+    makers = _makers(prepared, arena, [text.trace for text in texts], predictors)
+    tables, ahead = {}, {}
+    for name, maker in makers.items():
+        tables[name] = [table for text in texts for table in text.tables(maker.predict(text.whole))]
+        for forwards in AHEAD if name == "oracle" else AHEAD[:1]:
+            tables[f"{name}, {forwards} ahead"] = tables[name]
+            ahead[f"{name}, {forwards} ahead"] = forwards
+    return History(prepared, [uses for text in texts for uses in text.uses(top_k)], tables, ahead)
 
 
 def _makers(
@@ -132,7 +150,7 @@ def _makers(
     for kind, path in predictors.items():
         spec = replace(prepared.predictor_spec(arena.identity), kind=kind, path=path)
         makers[kind] = make(spec, ArenaModel(prepared.model, prepared.arena))
-    makers["random"] = Random(shape, config.predictor.top_k, config.seed)
+    makers["random"] = Random(shape, config.predictor.named(shape.top_k), config.seed)
     return makers
 
 
@@ -149,7 +167,7 @@ def moves_of_policies(history: History) -> Iterator[dict[str, Any]]:
             slots = parse_budget(budget, layout.expert_bytes, layout.slot_bytes, layout.nbytes, "bench.budgets")
             fewest = fewest_moves(history.sequence, slots, rounds=1)
             for predictor, made in tables.items():
-                lookahead = 0 if made is None else _lookahead(config, slots, history.tables[predictor])
+                lookahead = 0 if made is None else _lookahead(history, slots, predictor)
                 for policy in policies:
                     if made is None:
                         moved = simulate_on_demand(layout, slots, policy, history.uses)
@@ -209,10 +227,13 @@ def _readable(report: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _lookahead(config: Config, slots: int, tables: list[HashTable]) -> int:
+def _lookahead(history: History, slots: int, predictor: str) -> int:
     """As many batches as a run would look ahead by the end."""
+    config = history.prepared.config
     window = Window(slots, config.predictor.lookahead)
-    for table in tables:
+    if predictor in history.ahead:
+        return history.ahead[predictor]
+    for table in history.tables[predictor]:
         window.saw(table.expected_uses(config.routing))
     return window.lookahead
 

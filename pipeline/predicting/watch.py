@@ -20,7 +20,7 @@ class Watch:
     def __init__(self, prepared: Prepared, output: Path, predictor: PredictorSpec):
         config = prepared.config
         calibration = calibration_of(predictor)
-        wide = config.predictor.top_k >= 3 and config.predictor.mass is None
+        wide = config.predictor.named(prepared.model.shape.top_k) >= 3 and config.predictor.mass is None
         self._drift = Drift(calibration, wide) if calibration is not None else None
         self._trace = TraceParts(output, prepared.model.shape, predictor.identity) if config.trace.save is not None else None
         self._path, self._batches = Path(config.trace.save or ""), len(prepared.batches)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config, parse
+from pipeline.config import Config, PredictorConfig, load_config, parse
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -202,6 +202,11 @@ def test_an_override_creates_the_section_that_the_file_lacks_or_leaves_empty(tmp
     assert load_config(write(tmp_path, MINIMAL), ["predictor.top_k=9"]).predictor.top_k == 9
     empty = yaml.safe_dump(MINIMAL) + "predictor:\n"
     assert load_config(write(tmp_path, empty), ["predictor.top_k=9"]).predictor.top_k == 9
+
+
+@pytest.mark.parametrize(("given", "chosen", "named"), [(None, 1, 3), (None, 8, 8), (2, 4, 2)])
+def test_tables_name_no_fewer_experts_than_a_router_chooses_unless_told_to(given, chosen, named):
+    assert PredictorConfig(top_k=given).named(chosen) == named
 
 
 def test_values_of_overrides_are_yaml(tmp_path):

@@ -129,7 +129,7 @@ def test_what_was_predicted_is_a_hit_and_what_was_not_is_read_in_place(make):
     assert copied(engine) == [(0, A), (0, B), (1, C)]
 
 
-def test_a_miss_stays_if_there_is_room_or_somebody_who_is_not_wanted_sooner(make):
+def test_a_miss_stays_if_there_is_room_or_somebody_who_is_not_wanted_sooner_and_worth_no_more(make):
     """It moves anyway: it is one move, and none when it comes again."""
     engine = make(2, LookAhead)
     read(engine, 0, 0, A)
@@ -137,15 +137,42 @@ def test_a_miss_stays_if_there_is_room_or_somebody_who_is_not_wanted_sooner(make
     moved = engine.take()
     assert (moved.hits[0], moved.misses[0], moved.read_in_place_bytes) == (1, 2, 2 * BLOCK)
     assert (moved.prefetch_bytes, copied(engine)) == (0, [])
-    engine.plan(4, sure([B], []))
-    read(engine, 2, 0, C)  # in the place of A, whom nobody wants
+    engine.plan(8, sure([B], []))
+    for batch in (2, 3):
+        read(engine, batch, 0, C)  # nobody wants A either, which has come and been read twice
+        assert resident(engine, (0, A), (0, B), (0, C)) == [True, True, False]
+    read(engine, 4, 0, C)
     assert resident(engine, (0, A), (0, B), (0, C)) == [False, True, True]
-    engine.plan(5, sure([C], []))
-    read(engine, 3, 0, D)  # both are wanted, and D is not
+    engine.plan(9, sure([C], []))
+    read(engine, 5, 0, D)  # both are wanted, and D is not
     assert resident(engine, (0, B), (0, C), (0, D)) == [True, True, False]
-    engine.plan(6, sure([D], []))
-    read(engine, 3, 0, D)  # D is, but last
+    engine.plan(10, sure([D], []))
+    read(engine, 6, 0, D)  # D is, but last
     assert resident(engine, (0, B), (0, C), (0, D)) == [True, True, False]
+
+
+def test_nobody_goes_for_an_expert_whose_layer_is_not_the_next_to_be_read(make):
+    """That no table wants A and B yet says little: the next one may."""
+    engine = make(2, LookAhead)
+    read(engine, 0, 0, A, B)
+    engine.plan(1, sure([], []))
+    engine.plan(2, sure([C], []))
+    assert copied(engine) == []
+    engine.plan(3, sure([A, B], []))
+    for batch in (1, 2):
+        read(engine, batch, 0, *([], [C])[batch - 1])
+        read(engine, batch, 1)
+        engine.finish(batch)
+    read(engine, 3, 0, A, B)
+    assert engine.take().hits[0] == 2, "C was read in place: A and B are wanted sooner than it is again"
+
+
+def test_a_copy_for_one_layer_only_is_made_at_nobodys_cost_who_is_worth_more(make):
+    engine = make(1, LookAhead)
+    for batch in range(3):
+        read(engine, batch, 0, A)
+    engine.plan(3, sure([B], []))
+    assert copied(engine) == [] and resident(engine, (0, A)) == [True]
 
 
 def test_a_miss_that_stays_takes_no_slot_that_is_being_read(make):

@@ -197,6 +197,15 @@ def test_beyond_the_tables_what_is_often_used_stays_before_what_was_used_last():
     assert list(policy.order()) == [B, C, A]
 
 
+def test_beyond_the_tables_whoever_would_be_the_first_to_go_is_not_let_in():
+    policy = admit(LookAhead(), A)
+    policy.used(A)
+    assert not policy.outlasts(B, A), "one use, this one, beside two"
+    policy.used(B)
+    assert policy.outlasts(B, A), "two, and newer"
+    assert all(POLICIES[name]().outlasts(B, A) for name in POLICIES if name != "lookahead"), "they take whom they like"
+
+
 def test_what_was_often_used_long_ago_goes_in_the_end():
     policy = admit(LookAhead(), A, B)
     for _ in range(50):

@@ -27,6 +27,13 @@ def test_who_is_always_right_is_believed_to_the_last_digit():
     assert trust.worth(0, said) == said
 
 
+def test_who_is_right_more_often_than_it_says_is_believed_more():
+    trust = Trust([EXPERTS], least=0.3, sure=0.9)
+    told(trust, 200, 8, lambda rng, truth: [(expert, 0.6) for expert in truth])
+    ((_, probability),) = trust.worth(0, [(1, 0.6)])
+    assert 0.95 < probability <= 1
+
+
 def test_who_guesses_is_believed_no_more():
     trust = Trust([EXPERTS], least=0.3, sure=0.9)
     said = [(3, 1.0), (5, 1.0)]
