@@ -96,12 +96,12 @@ class Actors:
     Attributes:
         predictor: None: the Executors have the predictor in their own processes.
         executors: those that can be sent work; other machines' come and go (machines.py).
-        pids: of those that have said that they are ready, the process id then: who answers from another has died since.
+        pids: of each actor the processes that it has been seen to be, that of `ready` first. Who answers from another has died.
     """
 
     predictor: Any
     executors: list[Any]
-    pids: dict[Any, int] = field(default_factory=dict)
+    pids: dict[Any, set[int]] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -135,7 +135,8 @@ class Actors:
         Raises:
             PredictorError: the predictor's file cannot be used.
         """
-        self.pids.update(zip(self._all, result([actor.ready.remote() for actor in self._all]), strict=True))
+        for actor, pid in zip(self._all, result([actor.ready.remote() for actor in self._all]), strict=True):
+            self.pids.setdefault(actor, set()).add(pid)
 
     def finish(self) -> None:
         """All is done: the Executors give up the arena."""

@@ -90,10 +90,12 @@ def _own_sigterm() -> Iterator[None]:
     came = False
     try:
         yield
-    except SystemExit:  # that is how: one has come meanwhile
+    except SystemExit as ended:  # that is how: one has come meanwhile
+        if ended.code != signal.SIGTERM:
+            raise
         came = True
     finally:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none
+        if heard is not None and threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none
             signal.signal(signal.SIGTERM, heard)
     if came:
         ray.shutdown()

@@ -57,7 +57,8 @@ class Lane:
 
     Attributes:
         under_way: what it has been sent and has not answered, in that order.
-        number, pids: of the Executor and of its processes, once they have answered.
+        number: of the Executor, once it has answered.
+        pids: of its processes, as far as they have been seen.
     """
 
     def __init__(
@@ -66,15 +67,15 @@ class Lane:
         slots: int,
         lookahead: int | Literal["auto"],
         clock: Callable[[], float] = time.perf_counter,
-        pid: int | None = None,
+        pids: set[int] | None = None,
     ):
         """
         Args:
-            pid: of its process when it was ready; None: not known.
+            pids: kept by whoever keeps the Executor, as far as they are known.
         """
         self.executor = executor
         self.number: int | None = None
-        self.pids: set[int] = set() if pid is None else {pid}
+        self.pids: set[int] = set() if pids is None else pids
         self.under_way: deque[Job] = deque()
         self._window = Window(slots, lookahead)
         self._slots, self._clock = slots, clock

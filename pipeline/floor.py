@@ -38,9 +38,8 @@ class Floor:
         self._lanes: list[Lane] = []
         self._asked: deque[Job] = deque()
         """Their tables are made or being made, and no Executor has them yet."""
-        first = actors.pids.get(actors.predictor)
-        self._predictors = set() if first is None else {first}
-        """Process ids seen."""
+        self._predictors = actors.pids.setdefault(actors.predictor, set())
+        """Process ids seen, in the passes before this one, too."""
         self._welcome()
 
     @property
@@ -101,7 +100,10 @@ class Floor:
         if len(self._actors.executors) > len(self._lanes):
             known = [lane.executor for lane in self._lanes]
             new = [executor for executor in self._actors.executors if executor not in known]
-            self._lanes += [Lane(executor, self._slots, self._lookahead, pid=self._actors.pids.get(executor)) for executor in new]
+            pids = [self._actors.pids.setdefault(executor, set()) for executor in new]
+            self._lanes += [
+                Lane(executor, self._slots, self._lookahead, pids=seen) for executor, seen in zip(new, pids, strict=True)
+            ]
 
     def _take(self, lane: Lane, listen: Listen | None = None) -> BatchResult | None:
         """What a lane's first batch has come to; None: its Executor is lost, and others will do what it had to do."""
@@ -121,7 +123,8 @@ class Floor:
         return done
 
     def _lose(self, lane: Lane) -> None:
-        self._lost(Loss("executor", f"Executor {lane.number}", redone=len(lane.under_way)))
+        name = f"Executor {lane.number}" if lane.number is not None else "an Executor that had not answered yet"
+        self._lost(Loss("executor", name, redone=len(lane.under_way)))
         self._lanes.remove(lane)
         self._actors.executors.remove(lane.executor)
         self._asked.extendleft(reversed(lane.under_way))

@@ -189,7 +189,7 @@ class Machines:
                         ray.kill(executor)
             return
         self.used.append(_described(machine))
-        self._actors.pids.update(zip(machine.executors, pids, strict=True))
+        self._actors.pids.update((executor, {pid}) for executor, pid in zip(machine.executors, pids, strict=True))
         self._actors.executors.extend(machine.executors)
         self._say(f"machine {machine.name} has joined: {count} Executors; arena by {arena.came_by}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipeline.tasks.generate import Generate
 from pipeline.tasks.speaker import Speaker
 from predictor.actor import Prediction
 from store.actor import ArenaInfo, ExpertStore
+from store.arena import remove_unfinished
 
 PATIENCE_S = 5.0
 """How long the arena's removal waits for the Executor's process to end."""
@@ -59,7 +61,8 @@ def run(config: Config) -> dict[str, Any]:
         groupings = {entry["window"]: entry["rows"] for entry in journal if "window" in entry}
         losses = [Loss(**entry["loss"]) for entry in journal if "loss" in entry]
         say_plan(prepared, entries)
-        with _removed_without_ray(prepared), cluster(config.cluster.address, several=config.cluster.nodes != 1):
+        with _removed_without_ray(prepared) as begun, cluster(config.cluster.address, several=config.cluster.nodes != 1):
+            begun.set()
             store = start_store(prepared.arena, prepared.model.source, prepared.model.placement)
             actors = machines = group = None
             try:
@@ -115,13 +118,20 @@ def run(config: Config) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _removed_without_ray(prepared: Prepared) -> Iterator[None]:
-    """Whoever ends this process may end Ray's at once, as `timeout` and systemd do, and then no store has removed its arena."""
+def _removed_without_ray(prepared: Prepared) -> Iterator[threading.Event]:
+    """Whoever ends this process may end Ray's at once, as `timeout` and systemd do, and then no store has removed its arena.
+
+    Yields what is to be set before there is a store: one that was kept by another run is not for this one to remove.
+    """
+    begun = threading.Event()
     try:
-        yield
+        yield begun
     except BaseException:
-        model = prepared.model
-        ExpertStore(prepared.arena, model.source, model.placement).close(prepared.config.store.keep, PATIENCE_S)
+        if begun.is_set():
+            model = prepared.model
+            with contextlib.suppress(OSError):  # what has happened says more than what cannot be removed
+                remove_unfinished(prepared.arena, PATIENCE_S)
+                ExpertStore(prepared.arena, model.source, model.placement).close(prepared.config.store.keep, PATIENCE_S)
         raise
 
 

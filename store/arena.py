@@ -159,6 +159,17 @@ def clean(directory: Path) -> tuple[list[Removed], list[Path]]:
     return removed, in_use
 
 
+def remove_unfinished(path: Path, patience_s: float) -> None:
+    """Removes what a killed builder of the arena at `path` has left, not what is being built.
+
+    Args:
+        patience_s: how long to wait for a builder that is about to end.
+    """
+    deadline, building = time.monotonic() + patience_s, _building(path)
+    while building.exists() and _unlink_if_unused(building) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _building(path: Path) -> Path:
     return path.with_name(path.name + BUILDING)
 

@@ -23,8 +23,12 @@ class JudgedSchedule(Schedule):
         self._doubt = Doubt(slots.count) if may_doubt else None
         self._unheeded: set[int] = set()  # batches whose tables are only judged
 
+    @property
+    def _heeds(self) -> bool:
+        return self._doubt is None or not self._doubt.asks
+
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        if self._doubt is None or not self._doubt.asks:
+        if self._heeds:
             super().plan(batch, uses)
             return
         with self._changed:

@@ -44,7 +44,7 @@ class ReadAhead(Schedule):
     def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
         """As a Schedule's; and the experts are read ahead in their turn."""
         with self._changed:
-            if batch not in self._planned and batch > self._last_finished:
+            if self._heeds and batch not in self._planned and batch > self._last_finished:
                 for layer, experts in enumerate(uses):
                     for rank, (expert, p) in enumerate(experts):
                         if p >= WORTH_COPYING:

@@ -92,6 +92,11 @@ class Schedule:
                     self._want(position, list(likely))
         self._proceed()
 
+    @property
+    def _heeds(self) -> bool:
+        """Whether what is planned now is wanted."""
+        return True
+
     def expect(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         """Says of one layer of a batch under way what is known now, in place of what was said before."""
         with self._changed:

@@ -66,7 +66,6 @@ class Replays:
         self._gpu, self._current, self._recording = gpu, current, recording
         self._fixed: OrderedDict[tuple[int, int], Recording] = OrderedDict()
         self._token_bytes = 0.0  # of any cache; 0: none has been made yet
-        self._pool = torch.cuda.graph_pool_handle()
         self.why_not = why_not_fixed(gpu.model)
         self.asks = gpu.asks or spec.stepping is not None
         """Whether what routers name is copied."""
@@ -104,7 +103,8 @@ class Replays:
     def recorded(self, kept: Recording) -> GraphedForward | None:
         """The step's graphs; None, and why, if it cannot be one."""
         if kept.graphs is None:
-            kept.graphs = GraphedForward(kept.step.forward, kept.step.inputs, None, self._current, self._pool, self._recording)
+            pool = torch.cuda.graph_pool_handle()  # its own: torch refuses one for good once all that was recorded in it is gone
+            kept.graphs = GraphedForward(kept.step.forward, kept.step.inputs, None, self._current, pool, self._recording)
         complete = self._gpu.engine.is_complete
         try:  # both at once: which is better changes with what is in slots
             self._current.ahead = None
@@ -114,7 +114,6 @@ class Replays:
         except RuntimeError as error:
             kept.why_not = str(error).splitlines()[0]
             kept.graphs = None
-            self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
         return kept.graphs
 
     def enter(self, forward: DeviceForward) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data import Batch, read_rows
 from pipeline.errors import DataError
+from pipeline.inputs import encode_texts
 from pipeline.models import ModelSpec
 from pipeline.prepare import load_tokenizer
 from pipeline.tasks.registry import Task
@@ -32,7 +33,7 @@ class Provenance:
         rows: of the trace.
         shared: so many of them are rows of the config's data; None: the data cannot be read.
         data: rows of the data, or why they cannot be read.
-        same_routers: None: the model's weights are not here.
+        same_routers: None: the model's weights are not here, or the trace does not say.
     """
 
     rows: int
@@ -68,19 +69,27 @@ def provenance(config: Config, model: ModelSpec, task: Task, batches: Sequence[B
     Args:
         batches: of all rows of `plan.trace`.
     """
-    theirs = _counted(row for batch in batches for row in zip(*batch.tokens.streams, strict=True))
+    prompts = task.forwards > 1  # traced as `score`, as `train` asks: of a row that is written only the prompt is known beforehand
+    read = slice(1 if prompts else None)
+    theirs = _counted(row[read] for batch in batches for row in zip(*batch.tokens.streams, strict=True))
     shared: int | None = None
     data: int | str
     same: bool | None = None
     try:
         rows = read_rows(config.data, config.labels)
-        encoded, _ = task.encode(load_tokenizer(model.tokenizer), rows, config.batch.max_tokens)
+        tokenizer, most = load_tokenizer(model.tokenizer), config.batch.max_tokens
+        mine: list[Sequence[np.ndarray]]
+        if prompts:
+            mine = [(ids,) for ids in encode_texts(tokenizer, rows, most)[0]]
+        else:
+            mine = [row.streams for row in task.encode(tokenizer, rows, most)[0]]
     except DataError as error:
         data = str(error)
     else:
-        shared, data = (theirs & _counted(row.streams for row in encoded)).total(), len(rows)
+        shared, data = (theirs & _counted(mine)).total(), len(rows)
     with contextlib.suppress(CheckpointError):  # the weights are elsewhere
-        same = routers_identity(model.source.open(), model.placement) == identity_of(Path(config.plan.trace or ""))
+        recorded = identity_of(Path(config.plan.trace or ""))
+        same = None if recorded is None else routers_identity(model.source.open(), model.placement) == recorded
     return Provenance(theirs.total(), shared, data, same)
 
 

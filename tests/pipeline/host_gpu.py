@@ -41,7 +41,7 @@ class HostGraphs:
     refused: str | None = None
 
     def __init__(self, forward: Callable, inputs: dict, tables: Any, current: Any, pool: Any, stream: Any):
-        self.inputs, self._tables, self._forward, self._current = inputs, tables, forward, current
+        self.inputs, self._tables, self._forward, self._current, self.pool = inputs, tables, forward, current, pool
         self.whole: Recorded | None = None
         self.pieces: Recorded | None = None
 
@@ -191,7 +191,7 @@ def host_gpu() -> Iterator[None]:
     }  # fmt: skip
     torchs = {
         "set_device": lambda device: None, "init": lambda: None, "Stream": lambda *a: SimpleNamespace(cuda_stream=0, device=None),
-        "stream": lambda stream: nullcontext(), "synchronize": lambda *a: None, "graph_pool_handle": lambda: None,
+        "stream": lambda stream: nullcontext(), "synchronize": lambda *a: None, "graph_pool_handle": object,
         "max_memory_allocated": lambda device: 0,
     }  # fmt: skip
     with (

@@ -123,6 +123,7 @@ def test_steps_write_what_transformers_does(tmp_path, model, way):
 def test_recorded_steps_are_kept_as_far_as_there_is_room_for_their_caches(tmp_path, model, monkeypatch):
     """The step under way in any case; and each is counted before its cache is there."""
     from pipeline.gpu import replays
+    from pipeline.gpu.replays import Recording
     from tests.pipeline.host_gpu import HostGraphs, host_gpu
 
     monkeypatch.setattr(HostGraphs, "refused", None)
@@ -143,6 +144,8 @@ def test_recorded_steps_are_kept_as_far_as_there_is_room_for_their_caches(tmp_pa
             assert [*kept._fixed] == [(rows, 2 * most), (rows, 3 * most)]
             kept.fixed(rows, 6 * most)
             assert [*kept._fixed] == [(rows, 6 * most)] and kept.cache_bytes == 6 * one
+            pools = [kept.recorded(Recording(kept._fixed[rows, 6 * most].step, None, None)).pool for _ in range(2)]
+            assert pools[0] is not pools[1], "torch refuses a pool for good once all that was recorded in it is gone"
         finally:
             executor.close()
 

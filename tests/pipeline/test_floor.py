@@ -100,7 +100,7 @@ def test_of_several_nobody_is_listened_to(words):
 @pytest.mark.parametrize(("executors_pid", "predictors_pid", "died"), [(7, 5, []), (8, 5, ["executor"]), (7, 6, ["predictor"])])
 def test_a_death_before_the_first_answer_is_counted(words, executors_pid, predictors_pid, died):
     one, predictor = executor("first"), SimpleNamespace
-    actors = SimpleNamespace(executors=[one], predictor=predictor, pids={one: 7, predictor: 5}, predict=lambda tokens: "table")
+    actors = SimpleNamespace(executors=[one], predictor=predictor, pids={one: {7}, predictor: {5}}, predict=lambda tokens: "table")
     losses: list[Loss] = []
     floor = Floor(actors, "exact", 4, 2, losses.append)
     floor.predict(batch(0), None)
@@ -110,3 +110,26 @@ def test_a_death_before_the_first_answer_is_counted(words, executors_pid, predic
     assert [done.batch for done in floor.done()] == [0]
     assert [loss.what for loss in losses] == died
     assert [loss.redone for loss in losses if loss.what == "executor"] == [1] * (executors_pid != 7)
+
+
+def test_a_death_is_counted_once_in_a_run_of_several_passes(words):
+    """Under hash routing a second pass asks the routers, with a floor of its own."""
+    one, predictor = executor("first"), SimpleNamespace
+    actors = SimpleNamespace(executors=[one], predictor=predictor, pids={one: {7}, predictor: {5}}, predict=lambda tokens: "table")
+    losses: list[Loss] = []
+    words["table"] = None
+    words["first answers"] = BatchResult(0, [{"index": 0}], stats(8, 6, born=2**63), None)
+    for _ in range(2):
+        floor = Floor(actors, "exact", 4, 2, losses.append)
+        floor.predict(batch(0), None)
+        floor.dispatch()
+        assert [done.batch for done in floor.done()] == [0]
+        assert sorted(loss.what for loss in losses) == ["executor", "predictor"]
+
+
+def test_who_dies_before_its_first_answer_has_no_number(words):
+    one, other = executor("first"), executor("second")
+    losses: list[Loss] = []
+    floor = Floor(SimpleNamespace(executors=[one, other], predictor=None, pids={}), "exact", 4, 2, losses.append)
+    floor._lose(floor._lanes[0])
+    assert [loss.name for loss in losses] == ["an Executor that had not answered yet"]

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import store.arena
-from store.arena import BUILDING, Arena, arena_path, build, clean
+from store.arena import BUILDING, Arena, arena_path, build, clean, remove_unfinished
 from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.room import free_bytes
@@ -279,6 +279,17 @@ def test_clean_removes_what_a_killed_builder_left_but_nothing_that_is_being_buil
     removed, in_use = clean(arena_dir)
     assert [(r.path, r.nbytes) for r in removed] == [(leftover, nbytes)]
     assert in_use == []
+    assert files(arena_dir) == []
+
+
+def test_what_a_killed_builder_left_is_removed_and_what_is_being_built_is_not(arena_dir, path, child, tmp_path):
+    remove_unfinished(path, 0)  # there is none
+    builder = child(child_builds, path, 1, tmp_path / "filled", True)
+    assert builder.answer() == "filling"
+    remove_unfinished(path, 0.1)
+    assert files(arena_dir) == [path.name + BUILDING]
+    builder.kill()
+    remove_unfinished(path, 5)
     assert files(arena_dir) == []
 
 

@@ -128,6 +128,17 @@ def test_copies_and_reads_are_right_while_two_thirds_of_the_pages_are_gone(arena
     engine.close()
 
 
+def test_for_tables_that_are_not_heeded_nothing_is_read(arena, monkeypatch):
+    engine = engine_of(arena, 4, False)
+    with monkeypatch.context() as doubted:
+        doubted.setattr(ReadAheadEngine, "_heeds", False)
+        engine.plan(0, [[(expert, 1.0) for expert in range(8)]] * LAYERS)
+        assert not engine._to_read
+    engine.plan(1, [[(expert, 1.0) for expert in range(8)]] * LAYERS)
+    assert engine._to_read or any(cached_pages(arena, 0, 0))
+    engine.close()
+
+
 def test_in_memory_reading_ahead_does_nothing(tmp_path):
     layout = ArenaLayout.of([(2, {"block": ((PAGE,), "uint8")})], {})
     made = arenas.build(tmp_path / "arena", layout, "identity", lambda memory: memory.fill_(7))
