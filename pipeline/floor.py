@@ -100,10 +100,9 @@ class Floor:
         if len(self._actors.executors) > len(self._lanes):
             known = [lane.executor for lane in self._lanes]
             new = [executor for executor in self._actors.executors if executor not in known]
-            pids = [self._actors.pids.setdefault(executor, set()) for executor in new]
-            self._lanes += [
-                Lane(executor, self._slots, self._lookahead, pids=seen) for executor, seen in zip(new, pids, strict=True)
-            ]
+            for executor in new:
+                pids = self._actors.pids.setdefault(executor, set())
+                self._lanes.append(Lane(executor, self._slots, self._lookahead, pids=pids))
 
     def _take(self, lane: Lane, listen: Listen | None = None) -> BatchResult | None:
         """What a lane's first batch has come to; None: its Executor is lost, and others will do what it had to do."""
