@@ -112,7 +112,7 @@ def test_figures_and_logs_of_a_run_are_where_ray_has_them(nodes, alone):
     there = set(re.findall(r"# TYPE ray_(sida_\w+)", nodes.figures()))
     assert names - there <= {"sida_lost_total", "sida_stall_ms_total"}, "all that has happened can be drawn"
     lines = [line for line in nodes.logs().splitlines() if f"batch {len(ROWS) - 1} of" in line]
-    assert lines and "actor_name=Executor-0" in lines[0]
+    assert any("actor_name=Executor-0" in line for line in lines), "beside those of other tests' runs on the same machines"
 
 
 class Faults:
