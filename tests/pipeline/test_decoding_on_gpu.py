@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.config import ModelConfig
+from pipeline.data import Batch
 from pipeline.device import ExecutorSpec
 from pipeline.executor import Executor
 from pipeline.models import describe
 from predictor.actor import timed
 from predictor.nobody import Nobody
 from predictor.registry import PredictorSpec
+from predictor.tokens import TokenBatch
 from store.actor import ExpertStore
 from tests.pipeline.test_decoding_steps import NEW, batches, task
 from tests.pipeline.tiny_families import save_tiny
@@ -31,7 +34,7 @@ WAYS = {
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v2", "olmoe")
 
 
-def compare(tmp_path: Path, family: str, way: str, written, monkeypatch) -> None:
+def compare(tmp_path: Path, family: str, way: str, written, monkeypatch, made: list[Batch] | None = None) -> None:
     from pipeline.gpu import replays
 
     share, kind, demand, asked_above, ran = WAYS[way]
@@ -45,17 +48,17 @@ def compare(tmp_path: Path, family: str, way: str, written, monkeypatch) -> None
     store = ExpertStore(arena, spec.source, spec.placement)
     store.open()
     slots = int(share * layout.expert_bytes) // layout.slot_bytes
-    made = ExecutorSpec(spec, written, arena, slots, "lookahead", "cuda:0", 1, demand=demand)
+    serves = ExecutorSpec(spec, written, arena, slots, "lookahead", "cuda:0", 1, demand=demand)
     if kind is not None:
-        made = replace(made, stepping=PredictorSpec(kind, None, spec.shape.top_k, spec.shape, "any"))
-    executor = Executor(made)
+        serves = replace(serves, stepping=PredictorSpec(kind, None, spec.shape.top_k, spec.shape, "any"))
+    executor = Executor(serves)
     try:
         executor.ready()
         if share < 1:
             executor._device.engine.slots.memory.fill_(255)  # NaN
             torch.cuda.synchronize()
         nobody, ways = Nobody(spec.shape), set()
-        for batch in batches():
+        for batch in made or batches():
             done = executor.execute(batch, timed(nobody, batch.tokens))
             inputs = written.inputs(batch, lambda longest: longest)
             with torch.inference_mode():
@@ -88,3 +91,18 @@ def test_samples_are_those_of_transformers(tmp_path, monkeypatch):
 def test_rows_end_by_themselves_and_late(tmp_path, monkeypatch):
     """Nobody asks for tokens in time there: the last step of all is one too many, and is not heard."""
     compare(tmp_path, "qwen3_moe", "whole, no slots", task(stop=tuple(range(1, 60))), monkeypatch)
+
+
+@pytest.mark.parametrize("sample", (False, True), ids=("greedy", "sampled"))
+def test_recorded_steps_come_and_go(tmp_path, monkeypatch, sample):
+    """Only the newest shape is kept: the first one is recorded, let go, and recorded again."""
+    from pipeline.gpu import replays
+
+    monkeypatch.setattr(replays, "KEPT_BYTES", 0)
+    rng = np.random.default_rng(1)
+    shapes = [(9, 5, 3), (7,), (4, 6, 8), (3, 3), (8, 2, 5)]
+    made = [
+        Batch(i, np.arange(len(many)), TokenBatch((tuple(rng.integers(3, 100, n) for n in many),))) for i, many in enumerate(shapes)
+    ]
+    written = task(stop=(), sample=True, temperature=0.8, top_k=20) if sample else task(stop=())
+    compare(tmp_path, "qwen3_moe", "pieces", written, monkeypatch, made)
