@@ -109,12 +109,12 @@ class Generate:
         """The same, and what else is known of it."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in inputs}
         rows, device = len(inputs["input_ids"]), inputs["input_ids"].device
-        writing = Writing(rows, self.sampling.max_new_tokens, self.stop, steps or OwnSteps(), forced)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if self.sampling.sample:
-                torch.manual_seed(int(inputs["seed"]))
-            write: Any = model.generate
-            write(**given, generation_config=self.settings(), custom_generate=writing)
+        chance = torch.Generator(device)  # of its own: a graph whose recording failed leaves a GPU's default one unusable
+        if self.sampling.sample:
+            chance.manual_seed(int(inputs["seed"]))
+        writing = Writing(rows, self.sampling.max_new_tokens, self.stop, steps or OwnSteps(), chance, forced)
+        write: Any = model.generate
+        write(**given, generation_config=self.settings(), custom_generate=writing)
         return writing
 
     def settings(self) -> GenerationConfig:

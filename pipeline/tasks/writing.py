@@ -74,10 +74,13 @@ class Writing:
         logprobs: of each forced token, float32 (rows,) each, where the model is.
     """
 
-    def __init__(self, rows: int, most: int, stop: tuple[int, ...], steps: Steps, forced: torch.Tensor | None = None):
+    def __init__(
+        self, rows: int, most: int, stop: tuple[int, ...], steps: Steps, chance: torch.Generator, forced: torch.Tensor | None = None
+    ):
         """
         Args:
             most: tokens that there is room for.
+            chance: samples are drawn by it, where the model is.
             forced: int64 (rows, at most `most`), to be written whatever the model says, and no more.
         """
         self._room = most
@@ -85,7 +88,7 @@ class Writing:
         self.logprobs: list[torch.Tensor] = []
         self._awake = np.ones(rows, dtype=bool)
         self._heard = 0
-        self._stop, self._steps, self._forced = stop, steps, forced
+        self._stop, self._steps, self._forced, self._chance = stop, steps, forced, chance
 
     def __call__(
         self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any,
@@ -136,7 +139,7 @@ class Writing:
         scores = processor(written, logits.to(copy=True, dtype=torch.float32))
         if not sample:
             return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._chance).squeeze(1)
 
     def _hear(self, tokens: np.ndarray) -> None:
         """One step's tokens; those of rows that were done before count for nothing."""
