@@ -2,24 +2,27 @@
 
 A GPU reads in place what no table foretold: the host is asked nothing, and nothing is left of what was read. With tables that are
 mostly right that is best. With bad ones experts cross the link for nothing, or again and again, where a cache that copies what
-routers name would have kept them. So unless tables are mostly right, that cache is played beside: what it would have moved is
-compared with what did move. Once it would have moved less, routers are asked, and tables are only judged, until they are
-mostly right.
+routers name would have kept them. So unless tables are mostly right, that cache is played beside, by the slots' policy: what
+it would have moved is compared with what did move. Once it would have moved less, routers are asked, and tables are only judged,
+until they are mostly right.
 
 Knows experts by name and counts them; nothing of tables, copies or times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+from store.eviction import Policy
 from store.layout import Key
 
 ENOUGH = 0.9
 """Of what is used tables foretold so much, and of what they foretell (trust.py) so much is used: then they are not questioned.
 Where that is 0.94 and 0.88, the movie sentences move 0.57 to 1.03 times what `lru` does on demand (docs/buffering.md)."""
-MARGIN = 1.05
-"""Moves over those of the cache, beyond which it is better: asking takes time, too."""
+MARGIN = 1.25
+"""Moves over those of the cache, beyond which it is better. What is asked for comes while nothing computes: on an H200 a move of
+`on-demand` took 1.2 to 1.5 times as long as one that tables foretold at batch 1, 1.04 to 1.1 times at 8 and 64
+(docs/results/bench-switch-base-256-*.json)."""
 LEAST, ROUNDS = 1000, 4
 """Uses in which moves are compared, and how often they go round the slots at least: until then a cache only fills."""
 
@@ -31,12 +34,17 @@ class Doubt:
         asks: whether routers are to be asked, and no table heeded.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, policy: Callable[[], Policy]):
+        """
+        Args:
+            policy: makes one that knows nothing yet: the cache's.
+        """
         self.asks = False
-        self._slots = slots
+        self._slots, self._make = slots, policy
         self._window = max(LEAST, ROUNDS * slots)
         self._uses = self._named = self._foretold = 0.0  # the latest count most
-        self._recent: dict[Key, None] = {}  # what the cache would hold, least recently used first
+        self._policy = policy()
+        self._held: set[Key] = set()  # by the cache
         self._is_full = False
         self._watched = self._moved = self._would_move = 0
 
@@ -62,18 +70,28 @@ class Doubt:
             self._forget()
         elif not self.asks:
             self._moved += missed
-            self._compare([(layer, expert) for expert in used])
+            self._compare({(layer, expert): None for expert in used})
+
+    def finished(self) -> None:
+        """A batch has ended."""
+        self._policy.finished()
 
     def _compare(self, used: Collection[Key]) -> None:
-        """Plays the cache: least recently used goes first, and of the layer's own nobody, unless they are too many."""
-        there = [key for key in used if key in self._recent]
-        for key in there:
-            del self._recent[key]
-        self._recent.update(dict.fromkeys(used))
-        while len(self._recent) > self._slots:
-            del self._recent[next(iter(self._recent))]
+        """Plays the cache. Of the layer's own nobody goes for another, unless they are too many: then one is read in place."""
+        missing = [key for key in used if key not in self._held]
+        for key in missing:
+            if len(self._held) >= self._slots:
+                victim = next((resident for resident in self._policy.order() if resident not in used), None)
+                if victim is None:
+                    break
+                self._policy.evicted(victim)
+                self._held.remove(victim)
+            self._policy.admitted(key)
+            self._held.add(key)
+        for key in used:
+            self._policy.used(key)
         self._watched += len(used)
-        self._would_move += len(used) - len(there)
+        self._would_move += len(missing)
         if self._watched >= self._window:
             if self._is_full:
                 self.asks = self._moved > MARGIN * self._would_move
@@ -81,6 +99,8 @@ class Doubt:
             self._watched = self._moved = self._would_move = 0
 
     def _forget(self) -> None:
-        self._recent.clear()
+        if self._held:
+            self._policy = self._make()
+            self._held.clear()
         self._is_full = False
         self._watched = self._moved = self._would_move = 0

@@ -20,7 +20,7 @@ class JudgedSchedule(Schedule):
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, may_doubt: bool):
         super().__init__(arena, slots, policy)
-        self._doubt = Doubt(slots.count) if may_doubt else None
+        self._doubt = Doubt(slots.count, type(policy)) if may_doubt else None
         self._unheeded: set[int] = set()  # batches whose tables are only judged
 
     @property
@@ -44,6 +44,8 @@ class JudgedSchedule(Schedule):
     def finish(self, batch: int) -> None:
         with self._changed:
             super().finish(batch)
+            if self._doubt is not None:
+                self._doubt.finished()
             self._unheeded = {later for later in self._unheeded if later > batch}
 
     def _has_come(self) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from store.doubt import LEAST, ROUNDS, Doubt
+from store.eviction import LRU
+from store.foresight import LookAhead
 from store.simulator import Tables, Uses
 from tests.store.at_once import AtOnce, play
 
@@ -32,7 +34,7 @@ def nobody(used: list[int]) -> set[int]:
 
 
 def test_tables_that_are_mostly_right_are_not_questioned_though_all_they_name_is_copied_again_and_again():
-    doubt = Doubt(slots=20)
+    doubt = Doubt(20, LRU)
     heard(doubt, 10 * LEAST, lambda used: {*used})
     assert not doubt.asks
     heard(doubt, 10 * LEAST, lambda used: {*used[:-1], 39} if used[0] % 2 else {*used})
@@ -40,7 +42,7 @@ def test_tables_that_are_mostly_right_are_not_questioned_though_all_they_name_is
 
 
 def test_once_a_cache_would_have_moved_less_routers_are_asked_until_tables_are_mostly_right():
-    doubt = Doubt(slots=20)
+    doubt = Doubt(20, LRU)
     heard(doubt, LEAST, nobody)
     assert not doubt.asks, "the cache has only been filled"
     heard(doubt, LEAST + USED, nobody)
@@ -56,20 +58,33 @@ def test_once_a_cache_would_have_moved_less_routers_are_asked_until_tables_are_m
 
 
 def test_where_a_cache_would_do_no_better_nothing_is_asked():
-    doubt = Doubt(slots=4)  # and one that has gone comes again after forty uses
+    doubt = Doubt(4, LRU)  # and one that has gone comes again after forty uses
     for used in itertools.islice(itertools.cycle([range(start, start + USED) for start in range(0, EXPERTS, USED)]), 1000):
         doubt.heard(0, used, set(), USED)
     assert not doubt.asks
 
 
+@pytest.mark.parametrize(("policy", "asks"), [(LRU, False), (LookAhead, True)])
+def test_what_asking_would_move_is_what_the_policy_would(policy, asks):
+    """Some experts come in every batch, behind many that come seldom: the least recently used is the wrong one to go."""
+    doubt = Doubt(8, policy)
+    seldom = itertools.cycle(range(EXPERTS))
+    for _ in range(200):
+        doubt.heard(0, range(4), set(), 4)
+        for layer in (1, 2, 3):
+            doubt.heard(layer, [*itertools.islice(seldom, 4)], set(), 4)
+        doubt.finished()
+    assert doubt.asks == asks
+
+
 def test_without_slots_nobody_is_asked():
-    doubt = Doubt(slots=0)
+    doubt = Doubt(0, LRU)
     heard(doubt, 10 * LEAST, nobody)
     assert not doubt.asks
 
 
 def test_wrong_names_cost_what_their_copies_cost():
-    doubts = [Doubt(slots=20), Doubt(slots=20)]
+    doubts = [Doubt(20, LRU), Doubt(20, LRU)]
     for doubt, copies in zip(doubts, (0, 1), strict=True):
         for _ in range(4 * LEAST // USED):
             for _ in range(copies * USED):
@@ -79,7 +94,7 @@ def test_wrong_names_cost_what_their_copies_cost():
 
 
 def test_more_slots_are_watched_for_longer():
-    doubt = Doubt(slots=LEAST)
+    doubt = Doubt(LEAST, LRU)
     heard(doubt, 2 * ROUNDS * LEAST - USED, nobody)
     assert not doubt.asks
     heard(doubt, 2 * USED, nobody)
