@@ -1,6 +1,6 @@
 """What the GPU is given: a tokenizer and one packed file of token ids. `python -m assets.minis.prepare DATA TUTOR OUT`, on a CPU.
 
-DATA holds the folders that `texts.py` names, TUTOR the checkpoint that `tutor.py` does. The tokenizer is a WordPiece of 12,288
+DATA holds the folders that `texts.py` names, TUTOR the checkpoint that `checkpoint.py` cuts. The tokenizer is a WordPiece of 12,288
 pieces in lower case that splits a text as SST-2 is split ("do n't"), so that both spellings give the same pieces; it is made of
 the texts trained on, and words that reviews use are whole in it. OUT also gets what the tables of docs/paper.md are measured on:
 labelled rows as .tsv, and windows of held-out text as .jsonl, source and target. It takes some minutes.
@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from assets.minis import texts, tutor
+from assets.minis import checkpoint, texts
 from assets.minis.network import EOS
 from assets.minis.texts import Example
 
@@ -162,14 +162,14 @@ def split(total: int, parts: int, order: random.Random) -> list[int]:
     return [b - a for a, b in pairwise(cuts)]
 
 
-def main(data: Path, checkpoint: Path, out: Path) -> None:
+def main(data: Path, tutor: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pieces, held_out = texts.documents(data)
     training, judged = texts.sentiment(data)
     tokenizer = make_tokenizer(pieces, [example.text for example in training])
     tokenizer.save_pretrained(out / "tokenizer")
     words, arrays = worded(tokenizer.backend_tokenizer, training, judged["sst2"], pieces)
-    arrays |= tutor.packed(checkpoint, words)
+    arrays |= checkpoint.packed(tutor, words)
     arrays |= packed(tokenizer, "movie.dev", judged["movie"])
     parts = {"sst2.dev": judged["sst2"]}
     parts |= {f"mrpc.{name}": texts.mrpc(data, part) for name, part in (("train", "train"), ("dev", "test"))}

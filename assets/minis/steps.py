@@ -58,12 +58,13 @@ class Steps:
         vectors = [p for p in every if p.dim() < 2]
         self.parameters = every
         cuda = {"fused": True, "capturable": True} if device.type == "cuda" else {}
+        groups = [
+            {"params": matrices, "lr": self.lr, "weight_decay": phase.weight_decay},
+            {"params": vectors, "lr": self.lr, "weight_decay": 0.0},
+            {"params": [p for p in every if id(p) in shared], "lr": self.embedding_lr, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "lr": self.lr, "weight_decay": phase.weight_decay},
-                {"params": vectors, "lr": self.lr, "weight_decay": 0.0},
-                {"params": [p for p in every if id(p) in shared], "lr": self.embedding_lr, "weight_decay": 0.0},
-            ],
+            [group for group in groups if group["params"]],
             betas=(0.9, 0.98),
             eps=1e-8,
             **cuda,

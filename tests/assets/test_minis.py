@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, SwitchTransformersForConditionalGeneration
 
-from assets.minis import export, prepare, texts, tutor
+from assets.minis import checkpoint, export, prepare, texts, tutor
 from assets.minis.changed import Changes, Rows, changed, spelt
 from assets.minis.lessons import SOURCE, TARGET, TOKENS, Labelled, Labels, corrupt, language, language_loss
 from assets.minis.network import EOS, PAD, UNK, Shape, Sparse, Spent, Switch
@@ -213,7 +213,7 @@ def test_the_tokenizer_reads_both_spellings_alike():
 
 
 def _tutor(directory: Path) -> Path:
-    """A BERT of noise that spells letter by letter, as `tutor.packed` reads it."""
+    """A BERT of noise that spells letter by letter, as `checkpoint.packed` reads it."""
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -231,7 +231,7 @@ def _tutor(directory: Path) -> Path:
 
 
 def test_a_tutor_computes_what_its_checkpoint_does_and_learns(tmp_path):
-    arrays = tutor.packed(_tutor(tmp_path), ["fine", "bad", "\u00e9"])
+    arrays = checkpoint.packed(_tutor(tmp_path), ["fine", "bad", "\u00e9"])
     assert arrays["tutor.pieces.lengths"].tolist() == [1, 3, 1] and arrays["tutor.pieces.ids"][-1] == tutor.UNK
     theirs = BertModel.from_pretrained(tmp_path).eval()
     ours = tutor.Tutor.of(arrays).eval()
@@ -319,5 +319,5 @@ def _packed(directory: Path) -> Path:
     told |= {f"sst2.{name}.counts": np.full(20, 3, dtype=np.uint16) for name in ("train", "dev")}
     told |= {"sst2.frequency": np.ones(4, dtype=np.float32), "sst2.words.ids": np.arange(5, 11, dtype=np.uint16)}
     told |= {"sst2.words.lengths": np.array([1, 1, 2, 1, 1], dtype=np.uint8)}
-    np.savez(directory / "minis.npz", **(arrays | told | tutor.packed(_tutor(directory / "tutor"), words)))
+    np.savez(directory / "minis.npz", **(arrays | told | checkpoint.packed(_tutor(directory / "tutor"), words)))
     return directory
