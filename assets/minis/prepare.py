@@ -95,7 +95,7 @@ def worded(
     assert len(words) < 2**16
     number = {word: i for i, word in enumerate(words)}
     ids = [encoded.ids for encoded in tokenizer.encode_batch(words, add_special_tokens=False)]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "sst2.frequency": np.array([counts[word] or 1 for word in own + more], dtype=np.float32),
         "sst2.words.ids": np.concatenate(ids).astype(np.uint16),
         "sst2.words.lengths": np.array([len(pieces) for pieces in ids], dtype=np.uint8),
