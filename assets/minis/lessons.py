@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from assets.minis.network import EOS, PAD, UNK, Spent, Switch
@@ -83,37 +84,54 @@ def language_loss(model: Switch, batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows of token ids in groups of like length: ids int64 (rows, tokens) and how probable label 1 is, float32 (rows,)."""
+    """Rows of token ids in groups of like length: ids int64 (rows, tokens), and what is to be learnt of each row, (rows, ...)."""
 
-    groups: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    groups: tuple[Batch, ...]
 
     @staticmethod
-    def of(ids: np.ndarray, lengths: np.ndarray, positive: np.ndarray, widths: tuple[int, ...], device: torch.device) -> Labelled:
-        starts = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
+    def of(
+        ids: np.ndarray, lengths: np.ndarray, widths: tuple[int, ...], truths: tuple[torch.Tensor, ...], device: torch.device
+    ) -> Labelled:
+        """
+        Args:
+            ids: all rows' tokens in a row.
+            lengths: of each row; what is longer than the largest width is cut.
+            truths: of each row, (rows, ...); how probable label 1 is, for `Labels`.
+        """
+        lengths = lengths.astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        lengths = np.minimum(lengths, widths[-1])
         group = np.searchsorted(widths, lengths)
         groups = []
         for i, width in enumerate(widths):
             chosen = np.flatnonzero(group == i)
             if not len(chosen):
                 continue
-            padded = np.full((len(chosen), width), PAD, dtype=np.int64)
-            for row, source in zip(padded, chosen, strict=True):
-                row[: lengths[source]] = ids[starts[source] : starts[source + 1]]
-            groups.append((torch.from_numpy(padded).to(device), torch.from_numpy(positive[chosen]).to(device)))
+            at = np.arange(width)[None, :]
+            real = at < lengths[chosen][:, None]
+            padded = np.full(real.shape, PAD, dtype=np.int64)
+            padded[real] = ids[(starts[chosen][:, None] + at)[real]]
+            where = torch.from_numpy(chosen)
+            rows = (truth.index_select(0, where.to(truth.device)).to(device) for truth in truths)
+            groups.append((torch.from_numpy(padded).to(device), *rows))
         return Labelled(tuple(groups))
 
     def batches(self, tokens: int) -> Iterator[Batch]:
         """Shuffled batches of `tokens` tokens, padding included, for ever; a group's last rows wait for its next round."""
-        sizes = [min(max(tokens // ids.shape[1], 1), len(ids)) for ids, _ in self.groups]
+        sizes = [min(max(tokens // group[0].shape[1], 1), len(group[0])) for group in self.groups]
         while True:
             parts = []
-            for number, ((ids, _), size) in enumerate(zip(self.groups, sizes, strict=True)):
-                order = torch.randperm(len(ids), device=ids.device)
-                parts += [(number, order[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
+            for number, (group, size) in enumerate(zip(self.groups, sizes, strict=True)):
+                order = torch.randperm(len(group[0]), device=group[0].device)
+                parts += [(number, order[i : i + size]) for i in range(0, len(order) - size + 1, size)]
             for i in torch.randperm(len(parts)).tolist():
                 number, rows = parts[i]
-                ids, positive = self.groups[number]
-                yield ids[rows], positive[rows]
+                yield tuple(part[rows] for part in self.groups[number])
+
+
+def _forgotten(ids: torch.Tensor, share: float) -> torch.Tensor:
+    gone = (torch.rand(ids.shape, device=ids.device) < share) & (ids > UNK)
+    return torch.where(gone, UNK, ids)
 
 
 @dataclass(frozen=True)
@@ -136,9 +154,7 @@ class Labels:
         ids, positive = batch
         if self.twice:
             ids, positive = torch.cat([ids, ids]), torch.cat([positive, positive])
-        if self.forget:
-            gone = (torch.rand(ids.shape, device=ids.device) < self.forget) & (ids > UNK)
-            ids = torch.where(gone, UNK, ids)
+        ids = _forgotten(ids, self.forget)
         spent = Spent()
         said = model.classify(ids, spent).log_softmax(-1)  # (rows, 2)
         positive = positive + self.smooth * (0.5 - positive)
@@ -148,4 +164,41 @@ class Labels:
         if self.twice:
             a, b = said.chunk(2)
             loss = loss + self.twice * ((a.exp() - b.exp()) * (a - b)).sum(1).mean() / 2
+        return loss + BALANCE * spent.balance + Z * spent.z
+
+
+class Pupil(nn.Module):
+    """A mini, and how its pooled states are read as a tutor's: what is trained when a tutor teaches. Only the mini is kept."""
+
+    def __init__(self, model: Switch, width: int):
+        super().__init__()
+        self.model = model
+        self.reads = nn.Linear(model.shape.d_model, width)
+
+
+@dataclass(frozen=True)
+class Leanings:
+    """How a tutor teaches a head: how far it leans to label 1, and the states that this comes from.
+
+    Attributes:
+        temperature: both logits are divided by it; the higher, the more a sure "yes" differs from a surer one.
+        states: weight of the squared difference to the tutor's pooled states, each of these brought to mean 0 and variance 1.
+        forget: as `Labels`.
+    """
+
+    temperature: float = 2.0
+    states: float = 1.0
+    forget: float = 0.0
+
+    def loss(self, pupil: Pupil, batch: Batch) -> torch.Tensor:
+        """batch: ids, leaning (rows,), pooled states (rows, width)."""
+        ids, leaning, states = batch
+        spent = Spent()
+        pooled = pupil.model.pooled(_forgotten(ids, self.forget), spent)
+        said = pupil.model.labelled(pooled)
+        t = self.temperature
+        truth = (leaning / t).sigmoid()
+        loss = t * t * functional.binary_cross_entropy_with_logits((said[:, 1] - said[:, 0]) / t, truth)
+        wanted = functional.layer_norm(states.float(), states.shape[-1:])
+        loss = loss + self.states * functional.mse_loss(pupil.reads(pooled).float(), wanted)
         return loss + BALANCE * spent.balance + Z * spent.z

@@ -29,7 +29,7 @@ class Shape:
     num_heads: int = 4
     num_layers: int = 6
     num_decoder_layers: int = 2
-    vocab_size: int = 8192
+    vocab_size: int = 12288
     buckets: int = 32
     max_distance: int = 128
 
@@ -237,13 +237,20 @@ class Switch(nn.Module):
         """int64 (batch, tokens), padded with PAD -> (batch, tokens, d_model)."""
         return self.encoder(self._embedded(ids), ids != PAD, spent, self.dropout)
 
-    def classify(self, ids: torch.Tensor, spent: Spent) -> torch.Tensor:
-        """Logits (batch, labels): a linear layer over the mean of the real tokens."""
+    def pooled(self, ids: torch.Tensor, spent: Spent) -> torch.Tensor:
+        """The mean of the real tokens' states, float32 (batch, d_model)."""
         states = self.encode(ids, spent).float()
         real = (ids != PAD).float()[:, :, None]
-        pooled = (states * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-        with torch.autocast(ids.device.type, enabled=False):
+        return (states * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+
+    def labelled(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, labels), in float32."""
+        with torch.autocast(pooled.device.type, enabled=False):
             return functional.linear(pooled, self.head, self.head_bias)
+
+    def classify(self, ids: torch.Tensor, spent: Spent) -> torch.Tensor:
+        """Logits (batch, labels): a linear layer over the mean of the real tokens."""
+        return self.labelled(self.pooled(ids, spent))
 
     def write(self, ids: torch.Tensor, target: torch.Tensor, spent: Spent) -> torch.Tensor:
         """Logits of every target token given the source and the targets before it, (batch, target tokens, vocab_size)."""

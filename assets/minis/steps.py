@@ -23,6 +23,7 @@ CHECKED = 10
 class Phase:
     """Attributes:
     seconds: how long, capturing included.
+    most: no more steps than this, should there be time for them.
     lr: the highest, reached after a twentieth of the time; it then falls to nothing in a straight line.
     embedding_lr: the same for the embeddings, as a multiple: their entries are of size 1, all others' about 0.1.
     graphs: whether to capture steps; only on a GPU.
@@ -34,6 +35,7 @@ class Phase:
     weight_decay: float
     embedding_lr: float = 3.0
     graphs: bool = True
+    most: float = float("inf")
 
 
 def say(line: str) -> None:
@@ -50,18 +52,19 @@ class Steps:
         self.embedding_lr = torch.zeros((), device=device)
         self.total = torch.zeros((), device=device)
         self.captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        shared = {id(parameter) for name, parameter in model.named_parameters() if name == "shared"}
+        shared = {id(parameter) for name, parameter in model.named_parameters() if name.split(".")[-1] == "shared"}
         every = list(model.parameters())
         matrices = [p for p in every if p.dim() > 1 and id(p) not in shared]
         vectors = [p for p in every if p.dim() < 2]
         self.parameters = every
         cuda = {"fused": True, "capturable": True} if device.type == "cuda" else {}
+        groups = [
+            {"params": matrices, "lr": self.lr, "weight_decay": phase.weight_decay},
+            {"params": vectors, "lr": self.lr, "weight_decay": 0.0},
+            {"params": [p for p in every if id(p) in shared], "lr": self.embedding_lr, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "lr": self.lr, "weight_decay": phase.weight_decay},
-                {"params": vectors, "lr": self.lr, "weight_decay": 0.0},
-                {"params": [p for p in every if id(p) in shared], "lr": self.embedding_lr, "weight_decay": 0.0},
-            ],
+            [group for group in groups if group["params"]],
             betas=(0.9, 0.98),
             eps=1e-8,
             **cuda,
@@ -131,7 +134,7 @@ def run(steps: Steps, batches: Iterator[Batch], every_s: float = 10.0, watch: Ca
             if steps.device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.monotonic()
-            progress = (now - started) / phase.seconds
+            progress = max((now - started) / phase.seconds, count / phase.most)
             if progress >= 1:
                 break
             steps.set(progress)

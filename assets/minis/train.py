@@ -1,8 +1,9 @@
 """Trains one mini on one GPU and judges it: `python -m assets.minis.train --experts 64 --data DIRECTORY --out DIRECTORY`.
 
-First an encoder-decoder that fills gaps in text, then from it an encoder with a head for each of SST-2, MRPC and MultiRC. Each is
-written as soon as it is there, rounded to bfloat16 and judged as it is written; a file of metrics grows as it goes. The DIRECTORY
-of --data is what `prepare.py` wrote. The clock decides how many steps there are, so two runs of one seed are not equal to the bit.
+First an encoder-decoder that fills gaps in text, then from it an encoder with a head for SST-2, MRPC and MultiRC, or for those that
+--heads names. SST-2's are taught by a tutor (`taught.py`). Each is written as soon as it is there, rounded to bfloat16 and judged
+as it is written; a file of metrics grows as it goes. The DIRECTORY of --data is what `prepare.py` wrote. The clock decides how
+many steps there are, so two runs of one seed are not equal to the bit.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from torch.nn import functional
 
-from assets.minis import export, steps
-from assets.minis.lessons import Labelled, Labels, language, language_loss
+from assets.minis import export, steps, taught
+from assets.minis.lessons import Labelled, Labels, Leanings, Pupil, language, language_loss
 from assets.minis.network import PAD, Shape, Sparse, Spent, Switch
-from assets.minis.steps import Phase, Steps, say
+from assets.minis.steps import Loss, Phase, Steps, say
 
 JUDGED = {"sst2": ("sst2.dev", "movie.dev"), "mrpc": ("mrpc.dev",), "multirc": ("multirc.dev",)}
 ROWS_AT_ONCE = 64
@@ -66,14 +68,6 @@ def judge(model: Switch, data: dict[str, np.ndarray], name: str, device: torch.d
     right = int((said & label).sum())
     f1 = 2 * right / max(2 * right + int((said != label).sum()), 1)
     return {"accuracy": float((said == label).mean()), "f1": f1}
-
-
-@torch.no_grad()
-def probabilities(model: Switch, ids: np.ndarray, lengths: np.ndarray, device: torch.device) -> np.ndarray:
-    """Of label 1, float32 (rows,), of rows in any order of lengths."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        found = [model.classify(rows, Spent()).float().softmax(1)[:, 1] for rows in padded(ids, lengths, device, 1024)]
-    return torch.cat(found).cpu().numpy()
 
 
 @torch.no_grad()
@@ -149,12 +143,15 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     say(f"{experts} experts, {sum(p.numel() for p in model.parameters()):,} parameters, {name}, torch {torch.__version__}")
+    own = settings["pretrain"]["share"] if text is None else 0.0
+    seconds_a_share = seconds / (own + sum(_shares(settings, task) for task in settings["heads"]))
     record = Record(
         out / f"metrics-{experts}.json",
         {"experts": experts, "seconds": seconds, "seed": seed, "device": name, "torch": torch.__version__, "settings": settings},
     )
     if text is None:
-        _pretrain(model, settings["pretrain"], data, device, seconds, graphs, record)
+        model.shared.data.copy_(taught.embeddings(data, model.shared.detach().cpu()))
+        _pretrain(model, settings["pretrain"], data, device, seconds_a_share, graphs, record)
     else:
         export.read(model, text)
     kept = copy.deepcopy(model.state_dict())
@@ -169,10 +166,16 @@ def train(
     )
     say(f"text: {record.found['text']}")
     for task, variants in settings["heads"].items():
-        _heads(model, kept, task, variants, data, device, out, seconds, graphs, record, tokenizer)
+        how = settings["tutor"] if task == "sst2" else None
+        _heads(model, kept, task, variants, how, data, device, out, seconds_a_share, graphs, record, tokenizer)
     record.add(took=round(time.monotonic() - begun, 1))
     say(f"done in {record.found['took']} s")
     return record.found
+
+
+def _shares(settings: dict[str, Any], task: str) -> float:
+    tutor = settings["tutor"]["share"] + settings["tutor"]["asks"] if task == "sst2" else 0.0
+    return tutor + sum(variant["share"] for variant in settings["heads"][task])
 
 
 def _pretrain(
@@ -203,6 +206,7 @@ def _heads(
     kept: dict[str, torch.Tensor],
     task: str,
     variants: list[dict[str, Any]],
+    tutor: dict[str, Any] | None,
     data: dict[str, np.ndarray],
     device: torch.device,
     out: Path,
@@ -213,24 +217,36 @@ def _heads(
 ) -> None:
     """Encoders with a head for one task, from what was learnt before; the one that is best on the task's own set is written.
 
-    A variant that is taught learns from what those before it say of the rows, and from the packed file's teacher where it has one.
+    Args:
+        tutor: how a tutor learns and is asked; None: there are labels alone.
+        seconds: for a share of 1.
     """
     first, *others = JUDGED[task]
-    ids, lengths, positive = (data[f"{task}.train.{part}"] for part in ("ids", "lengths", "positive"))
-    said = [data[f"{task}.train.teacher"].astype(np.float32)] if f"{task}.train.teacher" in data else []
+    widths = tuple(variants[0]["widths"])
+    if tutor is None:
+        ids, lengths, positive = (data[f"{task}.train.{part}"] for part in ("ids", "lengths", "positive"))
+        labelled = Labelled.of(ids, lengths, widths, (torch.from_numpy(positive),), device)
+    else:
+        labelled, found = taught.lessons(data, tutor, widths, device, seconds, graphs, steps_seed=int(record.found["seed"]))
+        record.add(tutor=found)
     tried: list[dict[str, Any]] = []
     for number, given in enumerate(variants):
-        how = dict(given)
+        how = {
+            key: value for key, value in given.items() if key not in ("share", "lr", "weight_decay", "dropout", "tokens", "widths")
+        }
         model.load_state_dict(kept)
-        model.dropout = how.pop("dropout")
-        phase = Phase(f"{task} {number}", seconds * how.pop("share"), how.pop("lr"), how.pop("weight_decay"), graphs=graphs)
-        tokens, widths, taught = how.pop("tokens"), tuple(how.pop("widths")), how.pop("taught", 0.0)
-        truth = (1 - taught) * positive + taught * np.mean(said, axis=0) if said else positive
-        labelled = Labelled.of(ids, lengths, truth.astype(np.float32), widths, device)
-        labels = Labels(**how)
+        model.dropout = given["dropout"]
+        phase = Phase(f"{task} {number}", seconds * given["share"], given["lr"], given["weight_decay"], graphs=graphs)
+        loss: Loss
+        trained: nn.Module
+        if tutor is None:
+            trained, loss = model, partial(Labels(**how).loss, model)
+        else:
+            pupil = Pupil(model, labelled.groups[0][2].shape[1]).to(device)
+            trained, loss = pupil, partial(Leanings(**how).loss, pupil)
         learnt: dict[str, Any] = steps.run(
-            Steps(model, partial(labels.loss, model), phase, device),
-            labelled.batches(tokens),
+            Steps(trained, loss, phase, device),
+            labelled.batches(given["tokens"]),
             watch=lambda: f"{first} {judge(model, data, first, device)['accuracy']:.4f}",
         )
         export.rounded(model)
@@ -241,8 +257,6 @@ def _heads(
             best = {"variant": number, "bytes": written, "routers": routers(model, data, first, device)}
         tried.append(learnt)
         record.add(**{task: best | {"variants": tried}})
-        if number + 1 < len(variants):
-            said.append(probabilities(model, ids, lengths, device))
     say(f"{task}: variant {best['variant']} is kept; routers {best['routers']}")
 
 
@@ -255,9 +269,12 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("minis.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="the encoder-decoder of an earlier training: heads alone are trained")
+    parser.add_argument("--heads", nargs="+", choices=sorted(JUDGED), help="for which tasks; default: all, and the time is shared")
     parser.add_argument("--no-graphs", action="store_true", help="run steps without CUDA graphs")
     given = parser.parse_args()
     settings = yaml.safe_load(given.config.read_text())
+    if given.heads:
+        settings["heads"] = {task: variants for task, variants in settings["heads"].items() if task in given.heads}
     train(settings, given.experts, given.data, given.out, given.minutes * 60, given.seed, not given.no_graphs, given.text)
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BertConfig, BertModel, SwitchTransformersForConditionalGeneration
 
-from assets.minis import export, prepare, teacher, texts
+from assets.minis import checkpoint, export, prepare, texts, tutor
+from assets.minis.changed import Changes, Rows, changed, spelt
 from assets.minis.lessons import SOURCE, TARGET, TOKENS, Labelled, Labels, corrupt, language, language_loss
 from assets.minis.network import EOS, PAD, UNK, Shape, Sparse, Spent, Switch
 from assets.minis.train import routers, train
@@ -164,7 +166,7 @@ def test_a_model_learns_from_windows_and_from_labels(model):
 def test_batches_hold_every_row_once_and_are_of_few_shapes():
     lengths = np.array([3, 9, 4, 16, 2, 3, 8, 8, 3, 4], dtype=np.uint16)
     ids = np.concatenate([np.full(n, 10 + i) for i, n in enumerate(lengths)]).astype(np.uint16)
-    labelled = Labelled.of(ids, lengths, np.arange(10, dtype=np.float32), (4, 16), torch.device("cpu"))
+    labelled = Labelled.of(ids, lengths, (4, 16), (torch.arange(10.0),), torch.device("cpu"))
     batches = labelled.batches(8)
     seen = [next(batches) for _ in range(7)]  # 6 short rows in twos, 4 long ones alone
     assert {tuple(rows.shape) for rows, _ in seen} == {(2, 4), (1, 16)}
@@ -203,23 +205,65 @@ def test_the_tokenizer_reads_both_spellings_alike():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "VOCABULARY", 128)
         patch.setattr(prepare, "SENTINELS", 8)
-        tokenizer = prepare.make_tokenizer(pieces)
+        tokenizer = prepare.make_tokenizer(pieces, ["masterpiece, unheard of"] * prepare.OFTEN)
     assert tokenizer("They don't say: it's").input_ids == tokenizer("they do n't say : it 's").input_ids
+    assert tokenizer.tokenize("Masterpiece unheard") == ["masterpiece", "unheard"]
     assert tokenizer("a <extra_id_0> day").input_ids.count(tokenizer.convert_tokens_to_ids("<extra_id_0>")) == 1
     assert tokenizer("a", "b").input_ids.count(EOS) == 2 and tokenizer("<unk>").input_ids[0] == UNK
 
 
-def test_no_row_is_judged_by_a_teacher_that_has_seen_its_sentence(monkeypatch):
-    monkeypatch.setattr(teacher, "BUCKETS", 2**18)
-    sentences = [f"{word} number {i}" for i in range(40) for word in ("lovely", "dreadful")]
-    examples = [texts.Example(text, None, int("lovely" in text), float("lovely" in text)) for text in sentences]
-    examples += [texts.Example(one.text.split()[0], None, one.label, one.positive) for one in examples]
-    said = teacher.judged(examples, sentences)
-    assert (((said > 0.5) == np.array([example.label for example in examples])).mean()) == 1
-    assert (teacher.sentences(examples[:3], sentences) == [0, 1, 2]).all()
-    odd = [texts.Example(f"unheard{i} of{i}", None, i % 2, float(i % 2)) for i in range(40)]
-    alone = teacher.judged(odd, [example.text for example in odd])
-    assert np.abs(alone - 0.5).max() < 0.1  # nobody else said anything about these words
+def _tutor(directory: Path) -> Path:
+    """A BERT of noise that spells letter by letter, as `checkpoint.packed` reads it."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 40,
+    }
+    torch.manual_seed(0)
+    known = [*tutor.SPECIAL, "fine", *"abcdefghijklmnopqrstuvwxyz", *(f"##{sign}" for sign in "abcdefghijklmnopqrstuvwxyz")]
+    BertModel(BertConfig(vocab_size=len(known), **sizes)).save_pretrained(directory)
+    made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(known)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_a_tutor_computes_what_its_checkpoint_does_and_learns(tmp_path):
+    arrays = checkpoint.packed(_tutor(tmp_path), ["fine", "bad", "\u00e9"])
+    assert arrays["tutor.pieces.lengths"].tolist() == [1, 3, 1] and arrays["tutor.pieces.ids"][-1] == tutor.UNK
+    theirs = BertModel.from_pretrained(tmp_path).eval()
+    ours = tutor.Tutor.of(arrays).eval()
+    fine = int(arrays["tutor.pieces.ids"][0])
+    ids = torch.tensor([[tutor.FIRST, fine, tutor.LAST, tutor.PAD]])
+    with torch.no_grad():
+        pooled, _ = ours(ids)
+        expected = theirs(torch.tensor([[2, 4, 3]])).last_hidden_state.mean(1)
+    assert (pooled - expected).abs().max() < 0.2 * expected.abs().max()  # five bits a weight
+    flat, lengths = np.array([tutor.FIRST, fine, tutor.LAST, tutor.FIRST, tutor.LAST]), np.array([3, 2])
+    states, leaning = ours.says(flat, lengths)
+    assert torch.allclose(states[0].float(), pooled[0], atol=2e-2) and leaning.shape == (2,)
+    optimizer = torch.optim.AdamW(ours.parameters(), 1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = ours.loss((torch.tensor([[2, 4, 3], [2, 5, 3]]), torch.tensor([1.0, 0.0])))
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3
+
+
+def test_changed_texts_are_made_of_words_that_may_be_and_spelt_as_their_words_are():
+    order = np.random.default_rng(0)
+    given = Rows(np.array([0, 1, 2, 3, 3, 2, 1]), np.array([4, 3]))
+    same = changed(given, np.array([1.0, 1, 1, 1]), 50, Changes(part=0, left_out=0, put_in=0), order)
+    assert {tuple(row) for row in np.split(same.values, np.cumsum(same.lengths)[:-1])} == {(0, 1, 2, 3), (3, 2, 1)}
+    new = changed(given, np.array([0.0, 0, 5, 1]), 400, Changes(put_in=1.0), order)
+    assert new.lengths.min() >= 1 and int(new.lengths.sum()) == len(new.values)
+    assert np.bincount(new.values, minlength=4)[2:].sum() > 1.2 * np.bincount(new.values, minlength=4)[:2].sum()
+    words = Rows(np.array([10, 11, 12, 13, 14]), np.array([1, 2, 1, 1]))
+    told = spelt(given, words, (8,), (9,), 6)
+    assert told.values.tolist() == [8, 10, 11, 12, 13, 9, 8, 14, 13, 11, 12, 9] and told.lengths.tolist() == [6, 6]
 
 
 def test_a_training_goes_through_to_the_end_and_leaves_models_that_are_judged(tmp_path):
@@ -227,6 +271,7 @@ def test_a_training_goes_through_to_the_end_and_leaves_models_that_are_judged(tm
     settings = yaml.safe_load((ROOT / "assets" / "minis" / "minis.yaml").read_text())
     settings["shapes"] = {4: {"d_ff": 8, "d_model": 16, "d_kv": 4, "num_layers": 2}}
     settings["pretrain"] |= {"share": 0.1, "rows": 1}
+    settings["tutor"] |= {"share": 0.1, "asks": 0.1, "rows": 40, "texts": 80, "tokens": 64, "widths": [16, 32]}
     for variants in settings["heads"].values():
         for variant in variants:
             variant |= {"share": 0.1, "tokens": 64, "widths": [16, 32]}
@@ -234,6 +279,7 @@ def test_a_training_goes_through_to_the_end_and_leaves_models_that_are_judged(tm
     assert json.loads((tmp_path / "out" / "metrics-4.json").read_text()) == json.loads(json.dumps(found))
     assert found["text"]["wikitext2"] > 1 and len(found["sst2"]["variants"]) > 1
     best = found["sst2"]["variants"][found["sst2"]["variant"]]
+    assert found["tutor"]["made"] > 0 and 0 <= found["tutor"]["sst2.dev"] <= 1
     assert best["sst2.dev"]["accuracy"] == max(one["sst2.dev"]["accuracy"] for one in found["sst2"]["variants"])
     SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "out" / "switch-mini-4-text")
     settings["heads"] = {"mrpc": settings["heads"]["mrpc"]}
@@ -268,5 +314,10 @@ def _packed(directory: Path) -> Path:
     for name in ("wikitext2.source", "wikitext2.target", "wikipedia.source", "wikipedia.target"):
         lengths = np.full(2, 20, dtype=np.uint16)
         arrays |= {f"{name}.lengths": lengths, f"{name}.ids": made.integers(3, 260, 40).astype(np.uint16)}
-    np.savez(directory / "minis.npz", **arrays)
+    words = ["fine", "bad", "good", "dull", "film"]
+    told = {f"sst2.{name}.words": made.integers(0, 5, 60).astype(np.uint16) for name in ("train", "dev")}
+    told |= {f"sst2.{name}.counts": np.full(20, 3, dtype=np.uint16) for name in ("train", "dev")}
+    told |= {"sst2.frequency": np.ones(4, dtype=np.float32), "sst2.words.ids": np.arange(5, 11, dtype=np.uint16)}
+    told |= {"sst2.words.lengths": np.array([1, 1, 2, 1, 1], dtype=np.uint8)}
+    np.savez(directory / "minis.npz", **(arrays | told | checkpoint.packed(_tutor(directory / "tutor"), words)))
     return directory
