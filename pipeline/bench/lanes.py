@@ -1,4 +1,4 @@
-"""A picture of a timeline's lanes, in which one sees copies under compute: `python -m pipeline.bench.lanes timeline.json [ms [from]]`
+"""A picture of a timeline's lanes, where copies are seen under compute: `python -m pipeline.bench.lanes timeline.json [ms [from]]`
 
 Draws so many milliseconds (40) from a moment on (the middle), as timeline.png beside the file. Needs matplotlib. Knows the file
 (pipeline/reports/timeline.py) and nothing of what was measured.
