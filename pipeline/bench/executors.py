@@ -138,8 +138,7 @@ def measure(sitting: Sitting, prepared: Prepared, count: int, aim: float | None)
             times[many].append(seconds)
             driver[many].append(own)
             stats[many] += [one.stats for one in done]
-    batches = len(answers[1])
-    rows = sum(map(len, answers[1]))
+    batches, rows = len(answers[1]), sum(map(len, answers[1]))
     summed = {many: batch_metrics(stats[many], rows, statistics.median(times[many])) for many in times}
     largest = max(float(np.abs(a).max()) for a in answers[1])
     apart = max(float(np.abs(a - b).max()) for a, b in zip(answers[1], answers[count], strict=True))
@@ -225,8 +224,7 @@ def main(arguments: list[str]) -> int:
                 sitting = Sitting(first, budget, count, say)
                 report["arena"]["in_memory"][budget] = {str(n): nbytes for n, nbytes in sitting.arena_bytes.items()}
                 every = sitting.slots >= sum(layer.experts for layer in first.layout.layers)
-                links_aim = None if report["links"] is None else round(MOVING * report["links"]["ratio"], 3)
-                aim = None if links_aim is None else COMPUTING if every else links_aim
+                aim = None if report["links"] is None else COMPUTING if every else round(MOVING * report["links"]["ratio"], 3)
                 for one in (one for one, own in zip(configs, wanted, strict=True) if budget in own):
                     prepared = prepare(one)
                     prepared = replace(prepared, batches=prepared.batches[: one.bench.batches])
@@ -236,7 +234,7 @@ def main(arguments: list[str]) -> int:
                     say(described(row))
                 sitting.close()
                 memory = sitting.arena_bytes
-                say(f"budget {budget}: the arena in memory: {memory}, {memory[count] / memory[1]:.4f} times that of one")
+                say(f"budget {budget}: the arena in memory: {memory}, {memory[count] / memory[1]:.4f} times one's")
                 write()
     finally:
         store.close(config.store.keep)
