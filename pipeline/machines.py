@@ -40,6 +40,7 @@ class Machine:
         name: for people.
         arena: None: not there yet.
         pid: of its store's process, as far as is known.
+        joined: its Executors are sent work.
     """
 
     node: str
@@ -48,6 +49,7 @@ class Machine:
     arena: ArenaInfo | None = None
     executors: list[Any] = field(default_factory=list)
     pid: int = 0
+    joined: bool = False
 
     @classmethod
     def own(cls, store: Any, arena: ArenaInfo) -> Machine:
@@ -86,6 +88,7 @@ class Machines:
         """
         self._actors, self._wanted, self._say, self._lost = actors, wanted, say, lost
         self._most = float("inf") if most == "all" else most
+        own.joined = True
         self._machines = {own.node: own}
         self._refused: set[str] = set()
         self._numbers = len(actors.executors)
@@ -103,6 +106,9 @@ class Machines:
         if self._most > 1:  # a Ray that is gone, too, would not say who is there
             with contextlib.suppress(RayError):
                 self._part()
+        for machine in list(self._machines.values()):
+            if not machine.joined and machine.node not in self._refused:  # the run was shorter than its start
+                self._say(f"machine {machine.name} was not ready before the run ended, and did nothing")
         closing = []
         for machine in list(self._machines.values()):
             with contextlib.suppress(RayError):
@@ -188,6 +194,7 @@ class Machines:
                     for executor in machine.executors:  # their GPUs are for others
                         ray.kill(executor)
             return
+        machine.joined = True
         self.used.append(_described(machine))
         self._actors.pids.update((executor, {pid}) for executor, pid in zip(machine.executors, pids, strict=True))
         self._actors.executors.extend(machine.executors)

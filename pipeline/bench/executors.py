@@ -3,17 +3,22 @@
     python -m pipeline.bench.executors CONFIG.yaml [key.path=value ...] [-- key.path=value ...]
 
 takes `executors`, `bench.budgets`, `bench.batches` and `bench.rounds` from the config. Each `--` begins a workload: what differs in
-it from the config. Tables are the true ones, made before, so that nobody waits for a predictor. What several GPUs can give that
-share a machine is measured first: what their links carry at once, and alone.
+it from the config, its budgets too. A round is `bench.batches` batches, the data over again where it has fewer; it must be long,
+since at its end the Executors wait for the one that ends last. Tables are the true ones, made before, so that nobody waits
+for a predictor. What several GPUs can give that share a machine is measured first: what their links carry at once, and alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ import numpy as np
 import ray
 import torch
 
-from pipeline.actors import Actors, result, start_executors
+from pipeline.actors import Actors, gpus_here, result, start_executors
 from pipeline.batch_result import BatchResult
 from pipeline.bench.links import links
 from pipeline.bench.whole import numbers
@@ -40,7 +45,10 @@ from predictor.baselines import Oracle
 from store.actor import ExpertStore
 from store.slots import parse_budget
 
-WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
+WARM_UPS = {"cpu": 1, "cuda": 2}
+"""So often each Executor has every batch before the rounds: on a GPU a shape is recorded when it comes for the second time."""
+COMPUTING, MOVING = 1.95, 0.95
+"""What is aimed at: throughput over one Executor's where every expert has a slot; elsewhere, over the links' own ratio."""
 
 
 def arena_memory(path: Path, pids: list[int]) -> int:
@@ -63,22 +71,16 @@ class Sitting:
         layout = prepared.layout
         self.slots = parse_budget(budget, layout.expert_bytes, layout.slot_bytes, layout.nbytes)
         spec = replace(prepared.executor_spec(), slots=self.slots)
-        self._executors = start_executors(spec, 1)
-        self._pids = result([self._executors[0].ready.remote()])
-        self._warm(prepared, 1)
-        self.arena_bytes = {1: arena_memory(prepared.arena, self._pids)}
-        say(f"budget {budget}: {self.slots} slots; one Executor is ready")
-        self._executors += start_executors(spec, count - 1, 1)
-        self._pids = result([executor.ready.remote() for executor in self._executors])
-        self._warm(prepared, count)
-        self.arena_bytes[count] = arena_memory(prepared.arena, self._pids)
-        say(f"budget {budget}: {count} Executors are ready")
+        self._executors: list[Any] = []
+        self.arena_bytes: dict[int, int] = {}
+        for many in (1, count):
+            here = len(self._executors)
+            self._executors += start_executors(spec, many - here, here)
+            pids = result([executor.ready.remote() for executor in self._executors])
+            result([executor.execute.remote(prepared.batches[0], None) for executor in self._executors[here:]])  # read some of it
+            self.arena_bytes[many] = arena_memory(prepared.arena, [os.getpid(), *pids])
+            say(f"budget {budget}: {self.slots} slots; {many} of {count} Executors are ready")
         self._next = len(prepared.batches)
-
-    def _warm(self, prepared: Prepared, count: int) -> None:
-        """Every Executor has read some of the arena."""
-        batch = prepared.batches[0]
-        result([executor.execute.remote(batch, None) for executor in self._executors[:count]])
 
     def tables(self, prepared: Prepared) -> list[Prediction]:
         """The true ones."""
@@ -87,15 +89,33 @@ class Sitting:
         oracle = Oracle(traces.join(recorded), shape, shape.top_k)
         return [timed(oracle, batch.tokens) for batch in prepared.batches]
 
-    def round(self, prepared: Prepared, tables: list[Prediction], count: int) -> tuple[float, list[BatchResult]]:
-        """Seconds, and the answers in the order of the batches."""
-        batches: list[Batch] = [replace(b, index=self._next + i) for i, b in enumerate(prepared.batches)]
-        self._next += len(batches)
-        actors, lookahead = Actors(None, self._executors[:count]), prepared.config.predictor.lookahead
-        start = time.perf_counter()
-        done = list(run_batches(actors, zip(batches, tables, strict=True), "exact", self.slots, lookahead))
-        seconds = time.perf_counter() - start
-        return seconds, sorted(done, key=lambda one: one.batch)
+    def warm_up(self, prepared: Prepared, tables: list[Prediction]) -> None:
+        """Every Executor, all at once, by itself."""
+        times = WARM_UPS[torch.device(prepared.device).type]
+
+        def through(executor: Any, work: list[tuple[Batch, Prediction]]) -> None:
+            for _ in run_batches(Actors(None, [executor]), work, "exact", self.slots, prepared.config.predictor.lookahead):
+                pass
+
+        works = [list(self._numbered(prepared, tables, times * len(tables))) for _ in self._executors]
+        with ThreadPoolExecutor(len(works)) as threads:
+            list(threads.map(through, self._executors, works))
+
+    def round(self, prepared: Prepared, tables: list[Prediction], count: int) -> tuple[float, float, list[BatchResult]]:
+        """Seconds, those that this thread computed, and the answers in the order of the batches."""
+        config = prepared.config
+        work = list(self._numbered(prepared, tables, config.bench.batches or len(tables)))
+        actors = Actors(None, self._executors[:count])
+        start, own = time.perf_counter(), time.thread_time()
+        done = list(run_batches(actors, work, "exact", self.slots, config.predictor.lookahead))
+        seconds, own = time.perf_counter() - start, time.thread_time() - own
+        return seconds, own, sorted(done, key=lambda one: one.batch)
+
+    def _numbered(self, prepared: Prepared, tables: list[Prediction], count: int) -> Iterator[tuple[Batch, Prediction]]:
+        """So many batches, the same ones over again, each under a number that no other has had."""
+        for batch, table in islice(cycle(zip(prepared.batches, tables, strict=True)), count):
+            yield replace(batch, index=self._next), table
+            self._next += 1
 
     def close(self) -> None:
         result([executor.close.remote() for executor in self._executors])
@@ -103,38 +123,57 @@ class Sitting:
             ray.kill(executor)
 
 
-def measure(sitting: Sitting, prepared: Prepared, count: int) -> dict[str, Any]:
+def measure(sitting: Sitting, prepared: Prepared, count: int, aim: float | None) -> dict[str, Any]:
     """One workload: rounds through one Executor and through all, in turn."""
     config, tables = prepared.config, sitting.tables(prepared)
+    sitting.warm_up(prepared, tables)
     times: dict[int, list[float]] = {1: [], count: []}
+    driver: dict[int, list[float]] = {1: [], count: []}
     stats: dict[int, list[Any]] = {1: [], count: []}
     answers: dict[int, list[np.ndarray]] = {}
-    for number in range(-WARM_UP_ROUNDS[torch.device(prepared.device).type], config.bench.rounds):
+    for number in range(config.bench.rounds):
         for many in (1, count) if number % 2 else (count, 1):
-            seconds, done = sitting.round(prepared, tables, many)
+            seconds, own, done = sitting.round(prepared, tables, many)
             answers[many] = [numbers(one.results) for one in done]
-            if number >= 0:
-                times[many].append(seconds)
-                stats[many] += [one.stats for one in done]
-    rows = sum(len(batch.rows) for batch in prepared.batches)
+            times[many].append(seconds)
+            driver[many].append(own)
+            stats[many] += [one.stats for one in done]
+    batches, rows = len(answers[1]), sum(map(len, answers[1]))
     summed = {many: batch_metrics(stats[many], rows, statistics.median(times[many])) for many in times}
     largest = max(float(np.abs(a).max()) for a in answers[1])
     apart = max(float(np.abs(a - b).max()) for a, b in zip(answers[1], answers[count], strict=True))
     ratios = [one / many for one, many in zip(times[1], times[count], strict=True)]
     used = summed[1]["experts_used_per_layer"]
+
+    def ms_per_batch(seconds: dict[int, list[float]]) -> dict[str, float]:
+        return {str(n): round(1e3 * statistics.median(each) / batches, 3) for n, each in seconds.items()}
+
     return {
         "workload": config.data.path,
         "batch": config.batch.size,
-        "batches": len(prepared.batches),
+        "batches": batches,
+        "tokens": sum(one.tokens for one in stats[1]) // config.bench.rounds,
         "experts_used_per_layer": round(sum(used) / len(used), 1),
-        "ms_per_batch": {str(n): round(1e3 * statistics.median(t) / len(prepared.batches), 3) for n, t in times.items()},
+        "ms_per_batch": ms_per_batch(times),
+        "driver_ms_per_batch": ms_per_batch(driver),
         "throughput_ratio": {"median": round(statistics.median(ratios), 3), "rounds": [round(ratio, 3) for ratio in ratios]},
+        "aim": aim,
         "moves": {str(n): summed[n]["moves"] // config.bench.rounds for n in times},
         "hit_rate": {str(n): summed[n]["hit_rate"] for n in times},
         "batches_of_each": [one["batches"] for one in summed[count]["executors"]],
-        "graphs": summed[count]["graphs"],
+        "graphs": {str(n): summed[n]["graphs"] for n in times},
         "largest_difference_of_answers": apart / max(1.0, largest),
     }
+
+
+def described(row: dict[str, Any]) -> str:
+    """A line for people: the ratio beside its aim."""
+    ratio, aim, ms = row["throughput_ratio"]["median"], row["aim"], list(row["ms_per_batch"].values())
+    judged = "" if aim is None else f" (aim {aim:.3f}: {'met' if ratio >= aim else 'missed'})"
+    return (
+        f"{row['budget']} {row['workload']} batches of {row['batch']}: {ms[0]:.2f} -> {ms[1]:.2f} ms, {ratio:.3f} x{judged}; "
+        f"the driver {row['driver_ms_per_batch']} ms"
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -175,22 +214,27 @@ def main(arguments: list[str]) -> int:
         with cluster(config.cluster.address):
             say("Ray is up")
             if first.device != "cpu":
+                if gpus_here() < count:  # it would wait for them
+                    raise ConfigError(f"executors: {count} take {count} GPUs, and this Ray has {gpus_here()} to give here")
                 report["links"] = links(first.arena, first.layout.slot_bytes, count)
                 say(f"links: {report['links']}")
             write()
-            for budget in config.bench.budgets or [config.store.budget]:
+            wanted = [one.bench.budgets or [one.store.budget] for one in configs]
+            for budget in dict.fromkeys(budget for own in wanted for budget in own):
                 sitting = Sitting(first, budget, count, say)
                 report["arena"]["in_memory"][budget] = {str(n): nbytes for n, nbytes in sitting.arena_bytes.items()}
-                for one in configs:
+                every = sitting.slots >= sum(layer.experts for layer in first.layout.layers)
+                aim = None if report["links"] is None else COMPUTING if every else round(MOVING * report["links"]["ratio"], 3)
+                for one in (one for one, own in zip(configs, wanted, strict=True) if budget in own):
                     prepared = prepare(one)
                     prepared = replace(prepared, batches=prepared.batches[: one.bench.batches])
-                    row = {"budget": budget, "slots": sitting.slots} | measure(sitting, prepared, count)
+                    row = {"budget": budget, "slots": sitting.slots} | measure(sitting, prepared, count, aim)
                     report["rows"].append(row)
                     write()
-                    say(json.dumps(row))
+                    say(described(row))
                 sitting.close()
                 memory = sitting.arena_bytes
-                say(f"budget {budget}: the arena in memory: {memory}, {memory[count] / memory[1]:.4f} times that of one")
+                say(f"budget {budget}: the arena in memory: {memory}, {memory[count] / memory[1]:.4f} times one's")
                 write()
     finally:
         store.close(config.store.keep)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.bench.executors import arena_memory, main
+from pipeline.bench.executors import arena_memory, described, main
 from pipeline.errors import ConfigError
 from tests.conftest import config_data, save_switch, write_tsv
 
@@ -32,17 +32,34 @@ def config(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_each_workload_is_answered_by_one_and_by_two_and_the_experts_lie_there_once(config, tmp_path):
-    assert main([str(config), "bench.batches=3", "--", "batch.size=1", "--", "batch.size=2"]) == 0
+    assert main([str(config), "bench.batches=3", "--", "batch.size=1", "--", "batch.size=4", "bench.budgets=[40%]"]) == 0
     report = json.loads((tmp_path / "out" / "executors.json").read_text())
-    assert [(row["batch"], row["batches"]) for row in report["rows"]] == [(1, 3), (2, 3)]
+    assert [(row["batch"], row["batches"]) for row in report["rows"]] == [(1, 3), (4, 3)]  # the seven rows over again
     for row in report["rows"]:
         assert len(row["throughput_ratio"]["rounds"]) == 2
         assert sum(row["batches_of_each"]) == 2 * 3
         assert row["largest_difference_of_answers"] <= 1e-6
-        assert set(row["ms_per_batch"]) == {"1", "2"}
-    assert 0 < report["arena"]["in_memory"]["40%"]["2"] <= report["arena"]["bytes"] + 2**20
+        assert set(row["ms_per_batch"]) == set(row["driver_ms_per_batch"]) == {"1", "2"}
+    memory = report["arena"]["in_memory"]["40%"]
+    assert 0 < memory["2"] <= 1.02 * memory["1"] <= 1.02 * (report["arena"]["bytes"] + 2**20)
     assert report["links"] is None  # no GPU here
     assert list((tmp_path / "arenas").iterdir()) == []
+
+
+def test_a_ratio_stands_beside_its_aim_where_there_is_one():
+    row = {
+        "budget": "20%",
+        "workload": "w",
+        "batch": 8,
+        "ms_per_batch": {"1": 50.0, "2": 25.5},
+        "driver_ms_per_batch": {"1": 1, "2": 2},
+    }
+    for ratio, aim, said in (
+        (1.96, 1.9, "1.960 x (aim 1.900: met)"),
+        (1.93, 1.95, "(aim 1.950: missed)"),
+        (0.9, None, "0.900 x; the driver"),
+    ):
+        assert said in described(row | {"throughput_ratio": {"median": ratio}, "aim": aim})
 
 
 def test_one_executor_has_nobody_to_be_set_beside(config):

@@ -104,3 +104,15 @@ def test_nobody_joins_what_has_been_closed(machines, there):
     there.nodes.append(node("late"))
     look(machines)
     assert there.started == []
+
+
+def test_a_machine_that_was_not_ready_before_the_end_is_told_of(machines, there, monkeypatch):
+    there.nodes.append(node("good"))
+    look(machines)
+    there.nodes = [node("own"), node("slow")]
+    monkeypatch.setattr(machines, "_bring", lambda *_: None)
+    look(machines)
+    machines.close(False, 0.0)
+    assert [line for line in machines.said if "not ready" in line] == [
+        "machine slow (slow) was not ready before the run ended, and did nothing"
+    ]
