@@ -170,7 +170,7 @@ class Executor:
                 prediction = timed(self._predictor, batch.tokens)
             if prediction is not None:
                 self._plan(batch.index, prediction, routing)
-            table = prediction.table.deciding if prediction is not None and routing == "hash" else None
+            table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
             work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken, self._foresight())
             self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
         except BaseException as error:

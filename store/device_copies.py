@@ -58,6 +58,7 @@ class DeviceCopyEngine(JudgedSchedule):
         self._unread: list[Key] = []  # its experts that are, and that no part of it has read
         self._enqueuing = False  # whoever was let go by `stage` puts the layer's kernels into the compute lane
         self._behind: list[tuple[int, list[Key]]] = []  # positions, and experts that they no longer want: see `_catch_up`
+        self._spoken: dict[int, int] = {}  # position -> experts that its router has named, until the policy has been told
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
@@ -145,6 +146,7 @@ class DeviceCopyEngine(JudgedSchedule):
         with self._changed:
             self._enqueuing = False
             self._catch_up()
+            self._spoken = {later: experts for later, experts in self._spoken.items() if later >= (batch + 1) * self._layers}
             super().finish(batch)
 
     def demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
@@ -154,6 +156,7 @@ class DeviceCopyEngine(JudgedSchedule):
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
             self._pass(position)
             keys = [(layer, expert) for expert in experts]
+            self._spoken[position] = len(keys)
             self._demanded.update((key, position) for key in keys if key not in self.slots)
             self._want(position, keys)
         self._proceed()
@@ -212,6 +215,8 @@ class DeviceCopyEngine(JudgedSchedule):
         for position, keys in self._behind:
             for key in keys:
                 self._want_no_more(position, key)
+            if position in self._spoken:
+                self._policy.reads(position % self._layers, self._spoken.pop(position))
         self._behind.clear()
 
     def _want_no_more(self, position: int, key: Key) -> None:

@@ -37,6 +37,9 @@ class Policy(Protocol):
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
         """The queued tables now want `key`, resident or not, at `position` first, and so surely; None: no longer."""
 
+    def reads(self, layer: int, experts: int) -> None:
+        """A forward reads so many experts of a MoE layer, and all must have slots: told by schedules that keep nobody out."""
+
     def finished(self) -> None:
         """A batch has ended."""
 
@@ -65,6 +68,9 @@ class FIFO:
         del self._keys[key]
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
+        pass
+
+    def reads(self, layer: int, experts: int) -> None:
         pass
 
     def finished(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 from store.layout import Key
@@ -17,8 +18,14 @@ HALF_LIFE = 16.0
 SMOOTHING = 0.01
 """What one interval between uses counts for in their running mean."""
 
+MUCH = 2.0
+"""Times more or fewer experts per layer than were reckoned with, upon which all that are resident are weighed anew."""
+
 Place = tuple[float, float, Key]
 """In LookAhead's order: minus the next use, weight, expert."""
+
+Rank = tuple[float, int, Place]
+"""What there is for keeping the first to go of a MoE layer, the layer, its place."""
 
 
 class Priority:
@@ -53,6 +60,9 @@ class Priority:
         if position is not None:
             self._next_use[key] = (position, probability)
 
+    def reads(self, layer: int, experts: int) -> None:
+        pass
+
     def finished(self) -> None:
         pass
 
@@ -75,7 +85,13 @@ class LookAhead:
     A use that is not certain counts as later than it is, by the time that the expert usually stays away, as far as it may fail to
     come. Before all these go the experts that none wants, the one with the fewest and oldest uses first: every use weighs half as
     much after `HALF_LIFE` (Lee et al., LRFU, 2001). Such a weight, as a logarithm, never changes until the next use, so that
-    the order is kept in a heap and never made anew. Whoever would be the first to go again is better not let in (as in TinyLFU).
+    the order is kept in heaps and never made anew. Whoever would be the first to go again is better not let in (as in TinyLFU).
+
+    Where nobody can be kept out, since all that routers name must have a slot, it is told which layers pass (`reads`). Then
+    the one expected last goes first: when its layer comes again, and after so many forwards more as it misses, by its share
+    of all uses. So a forward that reads most experts of every layer, as a prompt does, runs through the slots of those that it
+    has just read, and does not wash out the others before their layers come. Within a layer weights decide; layers are
+    compared by their first to go, as it was when the layer passed.
     """
 
     looks_ahead = True
@@ -86,11 +102,22 @@ class LookAhead:
         self._interval = 0.0  # MoE layers between two uses of an expert, on average
         self._weight: dict[Key, float] = {}  # log2 of the sum of 2^(time of use), times in half-lives
         self._place: dict[Key, Place] = {}  # of the resident ones
-        self._heap: list[Place] = []  # all that is in _place, and what was
+        self._wants: list[Place] = []  # a heap of those that are wanted, and of what was
+        self._idle: defaultdict[int, list[Place]] = defaultdict(list)  # the others by MoE layer: heaps, likewise
+        self._room: defaultdict[int, int] = defaultdict(lambda: 64)  # what each of these may grow to
+        self._first: dict[int, Rank] = {}  # MoE layer -> the first to go of its idle ones
+        self._ranks: list[Rank] = []  # a heap of these, and of what was
         self._time = 0.0  # half-lives
+        self._all = 0.0  # the sum of all weights, as of _time
+        self._passes: dict[int, int] = {}  # MoE layer -> the pass, of any layer, that was its last
+        self._pass = 0
+        self._now = 0.0  # experts that the forward under way reads per layer
+        self._usual = 0.0  # the same of those before it
+        self._begun = 0  # _pass when it began
 
     def admitted(self, key: Key) -> None:
-        self._touch(key)
+        if not self._pass or key not in self._weight:  # where all that is named comes, coming says no more than the use
+            self._touch(key)
         self._insert(key)
 
     def used(self, key: Key) -> None:
@@ -113,35 +140,98 @@ class LookAhead:
         if key in self._place:
             self._insert(key)
 
+    def reads(self, layer: int, experts: int) -> None:
+        self._pass += 1
+        self._passes[layer] = self._pass
+        if experts and not self._now / MUCH <= experts <= self._now * MUCH:
+            self._now = float(experts)
+            for each in self._idle:
+                self._rank(each)
+        else:
+            self._rank(layer)
+
     def finished(self) -> None:
-        pass
+        if self._now:
+            self._usual = (self._usual + self._now) / 2 if self._usual else self._now
+        self._begun = self._pass
 
     def order(self) -> Iterator[Key]:
         out: list[Place] = []
         try:
-            while self._heap:
-                place = heapq.heappop(self._heap)
+            while self._ranks:
+                rank = heapq.heappop(self._ranks)
+                _, layer, place = rank
+                if self._first.get(layer) is not rank:
+                    continue
+                if self._place.get(place[2]) is place:
+                    out.append(heapq.heappop(self._idle[layer]))
+                    yield place[2]
+                self._rank(layer)
+            while self._wants:
+                place = heapq.heappop(self._wants)
                 if self._place.get(place[2]) is place:
                     out.append(place)
                     yield place[2]
         finally:  # whoever has found one goes no further
             for place in out:
-                heapq.heappush(self._heap, place)
+                self._push(place)
 
     def outlasts(self, key: Key, resident: Key) -> bool:
         return self._used_now(key) >= self._weight[resident]
 
     def _touch(self, key: Key) -> None:
-        self._time += 1 / (HALF_LIFE * (len(self._place) + 1))
+        passed = 1 / (HALF_LIFE * (len(self._place) + 1))
+        self._time += passed
+        self._all = self._all * 2**-passed + 1
         self._weight[key] = self._used_now(key)
 
     def _used_now(self, key: Key) -> float:
         """What it weighs with a use at this time."""
         return self._time + math.log2(1 + 2 ** (self._weight.get(key, -math.inf) - self._time))
 
+    def _stay(self, key: Key) -> float:
+        """How much there is for keeping an expert that none wants: minus the pass at which it is expected, or, as long as nobody
+        has said which layers pass, its weight."""
+        last = self._passes.get(key[0])
+        if last is None:
+            return self._weight[key] if not self._pass else -math.inf
+        layers = len(self._passes)
+        experts = min(self._usual or self._now, self._now) if last > self._begun else self._now
+        share = 2 ** (self._weight[key] - self._time) / self._all
+        probability = -math.expm1(-min(max(share * experts * layers, 1e-9), 50.0))
+        return -(last + layers / probability)
+
     def _insert(self, key: Key) -> None:
         place = self._place[key] = (-self._next_use.get(key, math.inf), self._weight[key], key)
-        heapq.heappush(self._heap, place)
-        if len(self._heap) > 4 * len(self._place) + 64:
-            self._heap = list(self._place.values())
-            heapq.heapify(self._heap)
+        self._push(place)
+        if len(self._wants) > 4 * len(self._place) + 64:
+            self._wants = [wanted for wanted in self._wants if self._place.get(wanted[2]) is wanted]
+            heapq.heapify(self._wants)
+
+    def _push(self, place: Place) -> None:
+        if place[0] > -math.inf:
+            heapq.heappush(self._wants, place)
+            return
+        layer = place[2][0]
+        idle = self._idle[layer]
+        heapq.heappush(idle, place)
+        if len(idle) > self._room[layer]:
+            idle[:] = [there for there in idle if self._place.get(there[2]) is there]
+            heapq.heapify(idle)
+            self._room[layer] = 4 * len(idle) + 64
+        if idle[0] is place:
+            self._rank(layer)
+
+    def _rank(self, layer: int) -> None:
+        """Puts a layer among the others again: its first is another, or what there is for keeping it has changed."""
+        idle = self._idle[layer]
+        while idle and self._place.get(idle[0][2]) is not idle[0]:
+            heapq.heappop(idle)
+        if not idle:
+            self._first.pop(layer, None)
+            return
+        rank = self._first[layer] = (self._stay(idle[0][2]), layer, idle[0])
+        heapq.heappush(self._ranks, rank)
+        if len(self._ranks) > 4 * len(self._first) + 64:
+            self._ranks = list(self._first.values())
+            heapq.heapify(self._ranks)

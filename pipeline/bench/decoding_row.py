@@ -53,6 +53,7 @@ def decoding_row(
         "moves": moved and sum(experts for _, _, experts in moved.copy_spans) + sum(moved.misses),
         "hit_rate": round(sum(moved.hits) / max(uses, 1), 4) if moved is not None else None,
         "stall_ms": round(moved.stall_ns / 1e6, 3) if moved is not None else None,
+        "copying_ms": moved and round(sum(end - start for start, end, _ in moved.copy_spans) / 1e6, 3),
         "graphs": written.ways or None,
         "median_error": float(np.median(errors)) if errors is not None else None,
         "max_error": float(errors.max()) if errors is not None else None,

@@ -5,6 +5,7 @@ test_device_interleavings.py goes through the orders of steps one by one.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from store.device_copies import DEPTH, PART, DeviceCopyEngine
 from store.eviction import FIFO, LRU, LookAhead
 from store.layout import Key
 from store.slots import Slots
+from tests.store.at_once import play
 from tests.store.lane_model import LiveLanes, SimulatedLanes, make_arena
 
 PATIENCE_S = 30
@@ -805,3 +807,16 @@ def test_after_close_nobody_is_held(make):
     run(engine, 0, 1)
     engine.finish(0)
     assert filling(engine) == []
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["after steps", "again and again"])
+def test_a_forward_that_reads_all_experts_leaves_slots_to_those_that_come_again(prompt):
+    """On demand: nobody knows what the next layer reads, but that it comes is known. `lru` hits none."""
+    layers, experts, slots = 4, 16, 32
+    rng = random.Random(0)
+    step = [[rng.randrange(2)] for _ in range(layers)]
+    every = [list(range(experts))] * layers
+    history = [every, *[step] * 8, every] if prompt else [every] * 10
+    ours, others = (play([experts] * layers, slots, policy, history, None)[0][-1] for policy in ("lookahead", "lru"))
+    assert layers * experts - slots <= ours <= layers * experts - 0.6 * slots
+    assert others >= layers * experts - (layers if prompt else 0)

@@ -125,7 +125,11 @@ NO_STATE = {
     "_arena",
     "_thread",
     "_failure",
-    "_heap",
+    "_wants",
+    "_idle",
+    "_room",
+    "_first",
+    "_ranks",
     "_behind",
 }
 """Of an engine's and a policy's attributes: what does not change, or is looked at elsewhere."""

@@ -219,6 +219,28 @@ def test_what_was_often_used_long_ago_goes_in_the_end():
     assert list(policy.order()) == [A, B]
 
 
+def test_of_equals_the_one_goes_whose_layer_has_just_been_read():
+    policy, first = admit(LookAhead(), A, C), []
+    for _ in range(4):
+        for layer, key in enumerate((A, C)):
+            policy.reads(layer, 1)
+            policy.used(key)
+            first.append(next(iter(policy.order())))
+        policy.finished()
+    assert first[2:] == [A, C] * 3, "the other's layer is the next"
+
+
+def test_what_is_rarely_used_goes_before_what_has_just_been_read():
+    policy = admit(LookAhead(), A, B, C)
+    for batch in range(12):
+        policy.reads(0, 1)
+        policy.used(B if batch % 4 == 3 else A)
+        policy.reads(1, 1)
+        policy.used(C)
+        policy.finished()
+        assert batch < 6 or next(iter(policy.order())) == B
+
+
 def test_a_policy_that_looks_ahead_agrees_with_one_that_sorts_anew_each_time():
     rng = random.Random(0)
     keys = [(layer, expert) for layer in range(3) for expert in range(6)]
