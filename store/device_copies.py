@@ -42,6 +42,9 @@ PART = 8
 class DeviceCopyEngine(JudgedSchedule):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
 
+    _may_begin_anywhere = True
+    """To begin a copy is but a word to the device."""
+
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, may_doubt: bool = False):
         """
         Args:
@@ -154,11 +157,14 @@ class DeviceCopyEngine(JudgedSchedule):
         position = batch * self._layers + layer
         with self._changed:
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
-            self._pass(position)
             keys = [(layer, expert) for expert in experts]
             self._spoken[position] = len(keys)
             self._demanded.update((key, position) for key in keys if key not in self.slots)
-            self._want(position, keys)
+            self._want_instead(position, keys)
+            while (
+                self._may_begin_anywhere and self._begin()
+            ):  # the link has nothing else to do, and the copy thread would come late
+                pass
         self._proceed()
 
     def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:

@@ -153,6 +153,21 @@ class Schedule:
             if uses[0] == position:
                 self._has_next(key)
 
+    def _want_instead(self, position: int, keys: list[Key]) -> None:
+        """As `_pass` and `_want`, and those stay where they are that are wanted now as before."""
+        before, now = self._wanted.get(position, ()), {*keys}
+        stay = {key for key in before if key in now and self._early.get(key) != position}
+        stay = {key for key in stay if (position, key) not in self._probability and (position, key) not in self._set_aside}
+        if not stay:
+            self._pass(position)
+            self._want(position, keys)
+            return
+        for key in before:
+            if key not in stay:
+                self._want_no_more(position, key)
+        self._want(position, [key for key in keys if key not in stay])
+        self._wanted[position] = keys
+
     def _pass(self, position: int) -> None:
         """Takes a position out of the future."""
         for key in self._wanted.pop(position, ()):

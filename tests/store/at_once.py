@@ -49,7 +49,7 @@ class AtOnce(DeviceCopyEngine):
 
     def _proceed(self) -> None:
         with self._changed:
-            while self._begin():
+            while self._begin() or self._under_way:
                 self._land()
             self._at_rest = True
 
