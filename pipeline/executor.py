@@ -191,6 +191,7 @@ class Executor:
                 if isinstance(known, BaseException):
                     raise known
                 prediction = known
+                self._tables.begun(batch.index)
             if prediction is not None:
                 self._plan(batch.index, prediction, routing)
             table = prediction.table.deciding if prediction is not None and routing == "hash" else None

@@ -23,7 +23,7 @@ RESERVE = 3
 
 
 class Ahead:
-    """Of one predictor. `ask`, `finished` from any thread; `take` from one."""
+    """Of one predictor. `ask`, `begun`, `finished` from any thread; `take` from one."""
 
     def __init__(self, predictor: Callable[[], HashPredictor]):
         self._predictor = predictor
@@ -39,8 +39,13 @@ class Ahead:
             self._waiting.append((batch, tokens))
             self._changed.notify_all()
 
+    def begun(self, batch: int) -> None:
+        """It has its table and is on its way; whoever is only expected may not come before others have ended."""
+        with self._changed:
+            self._unfinished.add(batch)
+
     def finished(self, batch: int) -> None:
-        """It has been computed, whether it had asked or not."""
+        """It has been computed, or has failed."""
         with self._changed:
             self._unfinished.discard(batch)
             self._changed.notify_all()
@@ -53,8 +58,6 @@ class Ahead:
         """
         while batch not in self._made:  # calls from several threads may have asked in another order
             self._made |= self._make(self._next())
-        with self._changed:
-            self._unfinished.add(batch)
         made = self._made.pop(batch)
         if isinstance(made, BaseException):
             raise made
@@ -77,7 +80,7 @@ class Ahead:
         return some
 
     def _is_time(self) -> bool:
-        """Asked when all tables that were made have been taken."""
+        """Asked when all tables that were made have been taken. Who has begun will end, and then it is time at last."""
         if self._closed:
             return True
         rows = sum(tokens.size for _, tokens in self._waiting)

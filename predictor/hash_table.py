@@ -39,9 +39,7 @@ class HashTable:
 
     @cached_property
     def _certain_uses(self) -> tuple[tuple[tuple[int, float], ...], ...]:
-        named = (
-            np.flatnonzero(np.bincount(layer[layer >= 0])) for layer in self.deciding.experts
-        )  # not np.unique: it sorts
+        named = (np.flatnonzero(np.bincount(layer[layer >= 0])) for layer in self.deciding.experts)  # not np.unique: it sorts
         return tuple(tuple((expert, 1.0) for expert in layer.tolist()) for layer in named)
 
     @cached_property
