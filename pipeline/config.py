@@ -85,9 +85,11 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class StandInConfig:
-    kind: Literal["none", "svd", "2bit", "4bit"] = "4bit"
-    budget: str = field(default="25%", metadata={"read": _budget})
-    """Bytes for all of them: a size, or a share of all expert bytes; svd takes the largest rank that fits."""
+    kind: Literal["auto", "none", "svd", "2bit", "4bit"] = "auto"
+    """auto: 4bit if it fits the budget, else svd of the largest rank that does, else none."""
+    budget: str = field(default="auto", metadata={"read": _budget})
+    """Bytes for all of them: a size, or a share of all expert bytes; auto: a quarter of these, and where they share the Executor's
+    device no more than a fifth of store.budget."""
 
 
 @dataclass(frozen=True)

@@ -16,5 +16,9 @@ class ModelError(ValueError):
     """A model that cannot be served."""
 
 
+class StandInsError(SpaceError):
+    """A budget that a rehearsal's stand-ins leave no room in."""
+
+
 USER_ERRORS = (ConfigError, DataError, ModelError, CheckpointError, SpaceError, PredictorError)
 """What the user gave and can mend: exit code 2, no traceback."""

@@ -26,6 +26,7 @@ from pipeline.on_cpu import OnCPU
 from pipeline.predicting.rehearsal import ArenaModel
 from predictor.accuracy import compare
 from predictor.actor import Prediction, timed
+from predictor.ahead import Ahead
 from predictor.hash_table import HashTable
 from predictor.registry import BY_TOKEN, HashPredictor, make
 from predictor.stepping import Foresight, source_of
@@ -55,6 +56,8 @@ class Executor:
         own = spec.predictor is not None
         self._ahead = ThreadPoolExecutor(1, "ahead", *((torch.set_num_threads, (1,)) if own else ()))
         self._predicting = self._ahead.submit(self._make_predictor) if own else None
+        self._tables = Ahead(lambda: self._predictor)
+        self._expected: dict[int, Prediction | BaseException | None] = {}
         self._stepping = self._ahead.submit(self._make_stepping) if spec.stepping is not None else None
         # A model is made under settings of the whole process: nobody else may make tensors meanwhile.
         for made in (self._starting, self._predicting, self._stepping):
@@ -102,8 +105,17 @@ class Executor:
         spoken = self._spoken[batch.index] = Spoken(hear)
         done: Future[BatchResult] = Future()
         done.add_done_callback(lambda _: self._spoken.pop(batch.index, None))
+        done.add_done_callback(lambda _: self._tables.finished(batch.index))
+        if prediction is None and self._predicting is not None and batch.index not in self._expected:
+            self._tables.ask(batch.index, batch.tokens)
         self._ahead.submit(self._begin, batch, prediction, routing, spoken, done)
         return done
+
+    def expect(self, batch: Batch, routing: str = "exact") -> None:
+        """Hears of a batch that will be submitted without a table: the predictor that is here makes one, and it is planned."""
+        self._expected[batch.index] = None
+        self._tables.ask(batch.index, batch.tokens)
+        self._ahead.submit(self._expect, batch.index, routing)
 
     def predict(self, tokens: TokenBatch) -> Prediction:
         """What the predictor says that is in this process, for whoever wants tables before there are batches."""
@@ -126,6 +138,7 @@ class Executor:
         if self._closed:
             return
         self._closed = True
+        self._tables.close()
         self._ahead.shutdown()
         self._compute.shutdown()
         self._answers.shutdown()
@@ -163,14 +176,25 @@ class Executor:
             return None
         return Foresight(self._spec.model.shape, source_of(self._stepping.result()))
 
+    def _expect(self, batch: int, routing: str) -> None:
+        try:
+            prediction = self._expected[batch] = self._tables.take(batch)
+            self._plan(batch, prediction, routing)
+        except BaseException as error:
+            self._expected[batch] = error
+
     def _begin(self, batch: Batch, prediction: Prediction | None, routing: str, spoken: Spoken, done: Future[BatchResult]) -> None:
         """Predicts a batch, if that is done here, plans it, and hands it to the compute thread."""
         try:
             if prediction is None and self._predicting is not None:
-                prediction = timed(self._predictor, batch.tokens)
+                known = self._expected.pop(batch.index, None) or self._tables.take(batch.index)
+                if isinstance(known, BaseException):
+                    raise known
+                prediction = known
+                self._tables.begun(batch.index)
             if prediction is not None:
                 self._plan(batch.index, prediction, routing)
-            table = prediction.table.deciding() if prediction is not None and routing == "hash" else None
+            table = prediction.table.deciding if prediction is not None and routing == "hash" else None
             work = self._device.prepare(batch, table, self._spec.top_t if table is None else None, spoken, self._foresight())
             self._run(work, partial(self._result, batch, prediction, routing, spoken), done)
         except BaseException as error:

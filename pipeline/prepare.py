@@ -32,7 +32,7 @@ from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.load import routers_identity
 from store.room import available_memory, free_bytes
-from store.slots import parse_budget
+from store.slots import parse_budget, parse_bytes
 from store.weights import Weights
 
 ACTIVATION_BYTES = 2**30
@@ -116,9 +116,11 @@ def prepare(config: Config) -> Prepared:
     if device == "cpu":  # all of them take of one memory
         free //= config.executors
     predictor_device = choose_predictor_device(config, device)
-    plan, stand_in_bytes = planned_stand_ins(config, layout)
+    shares = predictor_device == "executor"  # all that stands for experts on the Executor's device counts
+    beside = parse_bytes(config.store.budget, layout.expert_bytes, free, "store.budget") if shares else None
+    plan, stand_in_bytes = planned_stand_ins(config, layout, beside)
     slots = parse_budget(config.store.budget, layout.expert_bytes, layout.slot_bytes, free)
-    if predictor_device == "executor":  # all that stands for experts on the Executor's device counts
+    if shares:
         slots = slots_beside(stand_in_bytes, config.store.budget, layout, free)
     tokenizer = load_tokenizer(model.tokenizer)
     task = make_task(config, model, tokenizer)

@@ -21,6 +21,9 @@ from predictor.hash_table import HashTable, Width, from_probabilities
 from predictor.tokens import ENCODER, RoutingShape, TokenBatch
 
 PADDING = -1
+PATIENCE = {False: 1, True: 12}
+"""Newton's steps from one question whether they have arrived to the next. A GPU is asked seldom: it stands
+still meanwhile, and steps too many change nothing."""
 
 
 def sparsemax(scores: torch.Tensor) -> torch.Tensor:
@@ -44,12 +47,12 @@ class _Sparsemax(torch.autograd.Function):
         above = torch.empty_like(shifted)
         threshold = torch.full_like(shifted[..., :1], -1.0)  # the largest entry alone is over it by 1
         support = torch.zeros_like(threshold)
-        for _ in range(scores.shape[-1] + 1):  # seldom more than ten
+        for step in range(scores.shape[-1] + 1):  # seldom more than ten
             torch.sub(shifted, threshold, out=above).clamp_(min=0)
             excess = (above.sum(dim=-1, keepdim=True) - 1).clamp_(min=0)  # below 0 by rounding only
             before, support = support, above.sign_().sum(dim=-1, keepdim=True)
             threshold += excess / support
-            if torch.equal(before, support):
+            if (step + 1) % PATIENCE[scores.is_cuda] == 0 and torch.equal(before, support):
                 break
         projected = shifted.sub_(threshold).clamp_(min=0)
         ctx.save_for_backward(projected)

@@ -35,12 +35,14 @@ class HashTable:
 
     def uses_under(self, routing: str) -> tuple[tuple[tuple[int, float], ...], ...]:
         """`uses`; under "hash" routing, where the table is the routing, every expert that it gives a scaling factor is certain."""
-        if routing == "exact":
-            return self.uses
-        deciding = self.deciding().experts
-        named = (np.flatnonzero(np.bincount(layer[layer >= 0])) for layer in deciding)  # np.unique sorts, ten times as long
+        return self.uses if routing == "exact" else self._certain_uses
+
+    @cached_property
+    def _certain_uses(self) -> tuple[tuple[tuple[int, float], ...], ...]:
+        named = (np.flatnonzero(np.bincount(layer[layer >= 0])) for layer in self.deciding.experts)  # not np.unique: it sorts
         return tuple(tuple((expert, 1.0) for expert in layer.tolist()) for layer in named)
 
+    @cached_property
     def deciding(self) -> HashTable:
         """The table as routing: experts that add nothing to a token are left out."""
         experts = (np.where(scaling > 0, named, -1) for named, scaling in zip(self.experts, self.scaling, strict=True))

@@ -69,6 +69,13 @@ class Whole:
     def make(cls, whole: torch.Tensor) -> Whole:
         return cls({"whole": whole.to(FLOAT)})
 
+    def laid(self, dtype: torch.dtype) -> Whole:
+        return self
+
+    def each(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """That of each token's expert, int64 (tokens,): (tokens, n)."""
+        return self.tensors["whole"][experts].to(dtype)
+
     def of(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.tensors["whole"][experts].to(dtype)[:, None]
 
@@ -90,6 +97,28 @@ class LowRank:
     @staticmethod
     def nbytes(shape: tuple[int, int], experts: int, rank: int) -> int:
         return experts * rank * sum(shape) * FLOAT.itemsize
+
+    def laid(self, dtype: torch.dtype) -> LowRank:
+        """The same, as `each` reads it without a copy; `dtype` is what it will be asked for, if that is no longer than stored."""
+        kept = dtype if dtype.itemsize <= FLOAT.itemsize else FLOAT
+        up = self.tensors["up"].transpose(1, 2).to(kept).contiguous().transpose(1, 2)
+        return LowRank({"up": up, "down": self.tensors["down"].to(kept).contiguous()})
+
+    def each(self, experts: torch.Tensor, dtype: torch.dtype) -> Grouped:
+        """The matrix of each token's expert, int64 (tokens,), for `linear` on (tokens, in).
+
+        Tokens meet the factors of all experts, and keep what their own says: two dense products, and no question to a GPU.
+        """
+        count, rank, _ = self.tensors["down"].shape
+        down, up = self.tensors["down"].to(dtype), self.tensors["up"].to(dtype).transpose(1, 2)
+        first, second = down.flatten(0, 1), up.flatten(0, 1)  # (experts * rank, in), (experts * rank, out)
+        own = torch.nn.functional.one_hot(experts, count).to(torch.bool)[:, :, None]
+
+        def through(tokens: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+            inner = (tokens @ near.T).view(-1, count, rank)
+            return torch.where(own, inner, 0).flatten(1) @ far
+
+        return Grouped(dtype, lambda tokens: through(tokens, first, second), lambda tokens: through(tokens, second, first))
 
     def of(self, experts: torch.Tensor, dtype: torch.dtype) -> Grouped:
         down, up = (self.tensors[name][experts].to(dtype) for name in ("down", "up"))
@@ -156,10 +185,24 @@ def _leading(whole: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     if min(whole.shape[1:]) <= SMALL or 2 * rank >= min(whole.shape[1:]):
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
         return u[:, :, :rank], s[:, :rank], v[:, :rank]
-    generator = torch.Generator(device=whole.device).manual_seed(0)
-    start = torch.randn(whole.shape[2], rank + SPARE, generator=generator, device=whole.device)
-    basis = torch.linalg.qr(whole @ start).Q
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(whole.shape[2], rank + SPARE, generator=generator).to(whole.device)
+    basis = _orthonormal(whole @ start)
     for _ in range(ROUNDS):
-        basis = torch.linalg.qr(whole @ torch.linalg.qr(whole.transpose(1, 2) @ basis).Q).Q
-    u, s, v = torch.linalg.svd(basis.transpose(1, 2) @ whole, full_matrices=False)
-    return (basis @ u)[:, :, :rank], s[:, :rank], v[:, :rank]
+        basis = _orthonormal(whole @ (whole.transpose(1, 2) @ basis))
+    rows = basis.transpose(1, 2) @ whole
+    squares, turn = torch.linalg.eigh((rows @ rows.transpose(1, 2)).cpu().double())  # ascending
+    turn, s = turn.flip(2)[:, :, :rank].to(rows), squares.flip(1)[:, :rank].clamp(min=1e-30).sqrt().to(rows)
+    return basis @ turn, s, turn.transpose(1, 2) @ rows / s[:, :, None]
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """A basis of the same space, (experts, n, k), by Cholesky factors of all experts at once: a GPU's own QR takes one matrix after
+    the other. Twice: the first leaves it orthonormal but for rounding."""
+    for _ in range(2):
+        columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        inner = (columns.transpose(1, 2) @ columns).double()
+        inner.diagonal(dim1=1, dim2=2).add_(1e-6)  # of columns that depend on each other rounding may leave less than nothing
+        factor = torch.linalg.cholesky(inner).to(columns)
+        columns = torch.linalg.solve_triangular(factor, columns.transpose(1, 2), upper=False).transpose(1, 2)
+    return columns

@@ -21,7 +21,7 @@ from predictor.errors import PredictorError
 from predictor.hash_function import HashFunction, LSTMPredictor
 from predictor.hash_table import HashTable, Width
 from predictor.nobody import Nobody
-from predictor.rehearsal import Rehearsal, Rehearse
+from predictor.rehearsal import OnDevice, Rehearsal, Rehearse
 from predictor.stand_ins import StandIns
 from predictor.token_table import TokenTable
 from predictor.tokens import RoutingShape, TokenBatch
@@ -156,7 +156,9 @@ def _load_token_table(spec: PredictorSpec, model: Model) -> HashPredictor:
 
 def _load_rehearsal(spec: PredictorSpec, model: Model) -> HashPredictor:
     made = stand_ins.load(_path(spec), spec.shape.layers, spec.identity)
-    return Rehearsal(model.rehearser(made, spec.device), made.calibration, spec.shape, spec.width)
+    rehearse = model.rehearser(made, spec.device)
+    name = rehearse.namer() if isinstance(rehearse, OnDevice) else None
+    return Rehearsal(rehearse, made.calibration, spec.shape, spec.width, name)
 
 
 def _load_oracle(spec: PredictorSpec, model: Model) -> HashPredictor:

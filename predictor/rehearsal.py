@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,10 +40,30 @@ Rehearse = Callable[[TokenBatch], list[Rehearsed]]
 """A rehearsal of one batch, MoE layer by MoE layer."""
 
 
+Named = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of the real tokens of a MoE layer the likeliest experts, int16 (tokens, top_k), their probability and weights, float32."""
+Name = Callable[[TokenBatch, tuple[float, ...], int], list[Named]]
+"""A rehearsal that names so many experts by itself, given each layer's temperature."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A rehearsal that may name experts by itself."""
+
+    def namer(self) -> Name | None: ...
+
+
 class Rehearsal:
     """Makes tables of what routers say in a rehearsal; under hash routing tokens get the experts and weights that they gave."""
 
-    def __init__(self, rehearse: Rehearse, calibration: Calibration | None, shape: RoutingShape, width: Width):
+    def __init__(
+        self, rehearse: Rehearse, calibration: Calibration | None, shape: RoutingShape, width: Width, name: Name | None = None
+    ):
+        """
+        Args:
+            name: does the same, faster, for routers that choose one expert and tables of a fixed width.
+        """
+        self._name = name if width.mass is None and shape.top_k == 1 else None
         self._rehearse, self._shape, self._width = rehearse, shape, width
         self._temperatures = calibration.temperatures if calibration is not None else (UNJUDGED,) * shape.layers
 
@@ -50,7 +71,25 @@ class Rehearsal:
         """Per MoE layer float32 (tokens, experts)."""
         return [said.logits for said in self._rehearse(tokens)]
 
+    def predict_all(self, batches: list[TokenBatch]) -> list[HashTable]:
+        """The table of each, from one rehearsal of them all."""
+        streams = range(len(batches[0].streams))
+        rows = tuple(tuple(row for batch in batches for row in batch.streams[stream]) for stream in streams)
+        table = self.predict(TokenBatch(rows))
+        ends = [np.cumsum([batch.lengths[stream].sum() for batch in batches])[:-1] for stream in streams]
+        layers = [ends[stream] for stream in self._shape.streams]
+        fields = [
+            [np.split(part, end) for part, end in zip(parts, layers, strict=True)]  # [MoE layer][batch]
+            for parts in (table.experts, table.probability, table.scaling)
+        ]
+        tables = [HashTable(*(tuple(layer[batch] for layer in field) for field in fields)) for batch in range(len(batches))]
+        for one in tables:
+            one.uses  # noqa: B018 (worked out here, as for one: the Executor has better things to do)
+        return tables
+
     def predict(self, tokens: TokenBatch) -> HashTable:
+        if self._name is not None:
+            return HashTable(*map(tuple, zip(*self._name(tokens, self._temperatures, self._width.top_k), strict=True)))
         experts, probability, scaling = [], [], []
         for said, temperature in zip(self._rehearse(tokens), self._temperatures, strict=True):
             sure = inclusion(said.logits, temperature, self._shape.top_k)

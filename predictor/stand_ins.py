@@ -23,6 +23,8 @@ from predictor.matrices import FLOAT, LowRank, Matrices, Quantised, Whole
 BITS = {"2bit": 2, "4bit": 4}
 METHODS = ("none", "svd", *BITS)
 """`predictor.stand_ins.kind`."""
+AT_ONCE = 32
+"""Experts whose stand-ins are made together: on a device, what that takes there beside all else is bounded."""
 Shapes = Mapping[str, tuple[int, ...]]
 """By the name of a part, the shape of one expert's tensor."""
 
@@ -106,13 +108,15 @@ def plan(method: str, budget_bytes: int, experts: tuple[int, ...], shapes: list[
 
 def make(
     wanted: Plan,
+    experts: tuple[int, ...],
     shapes: list[Shapes],
-    read: Callable[[int, str], torch.Tensor],
+    read: Callable[[int, str, slice], torch.Tensor],
     progress: Callable[[], object] = lambda: None,
 ) -> StandIns:
     """
     Args:
-        read: gives one part of all experts of a MoE layer, (experts, *shape).
+        experts, shapes: of every MoE layer.
+        read: gives one part of some experts of a MoE layer, (experts, *shape), where stand-ins are to be computed.
         progress: called after each part.
     """
     layers: list[dict[str, Matrices]] = []
@@ -120,13 +124,17 @@ def make(
         made: dict[str, Matrices] = {}
         if wanted.method != "none" and layer < len(shapes) - 1:
             for part, shape in parts.items():
-                made[part] = _one(wanted, read(layer, part)) if len(shape) == 2 else Whole.make(read(layer, part))
+                some = [_one(wanted, read(layer, part, slice(at, at + AT_ONCE)), shape) for at in range(0, experts[layer], AT_ONCE)]
+                whole = {name: torch.cat([one.tensors[name].cpu() for one in some]) for name in some[0].tensors}
+                made[part] = again(wanted.method, whole)
                 progress()
         layers.append(made)
     return StandIns(wanted.method, tuple(layers))
 
 
-def _one(wanted: Plan, whole: torch.Tensor) -> Matrices:
+def _one(wanted: Plan, whole: torch.Tensor, shape: tuple[int, ...]) -> Matrices:
+    if len(shape) == 1:
+        return Whole.make(whole)
     return LowRank.make(whole, wanted.size) if wanted.method == "svd" else Quantised.make(whole, wanted.size)
 
 

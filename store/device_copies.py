@@ -161,9 +161,7 @@ class DeviceCopyEngine(JudgedSchedule):
             self._spoken[position] = len(keys)
             self._demanded.update((key, position) for key in keys if key not in self.slots)
             self._want_instead(position, keys)
-            while (
-                self._may_begin_anywhere and self._begin()
-            ):  # the link has nothing else to do, and the copy thread would come late
+            while self._may_begin_anywhere and self._begin():  # the copy thread would come late, and the link is idle
                 pass
         self._proceed()
 

@@ -7,6 +7,7 @@ error of the same answers.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -27,16 +28,20 @@ from pipeline.bench.rows import Measured, Yardsticks, line, ray_over_in_process,
 from pipeline.bench.systems import SYSTEMS, Bench, check_systems
 from pipeline.bench.workload import Combination, Workload, mapped, record_workload
 from pipeline.config import Config
+from pipeline.errors import StandInsError
 from pipeline.machine import hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import versions
+from pipeline.reports.said import said_of
 from pipeline.reports.timeline import timeline
 from store.actor import ArenaInfo, ExpertStore
-from store.slots import parse_budget
+from store.slots import parse_budget, parse_bytes
 
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
 """Not counted: slots are filled; on a GPU kernels are compiled, and every shape's graphs recorded when it is seen again."""
+FEW_BYTES = 10**12
+"""For a budget's place among others, whatever the model's size."""
 TIMELINE_BATCHES = 64
 """No more in a timeline than can be looked at."""
 
@@ -54,7 +59,7 @@ def bench(config: Config) -> dict[str, Any]:
     if device == "cpu" and {"transformers", "cpu"} <= {*config.bench.systems}:
         print("cpu is left out: on this device it is what transformers is")
         config = replace(config, bench=replace(config.bench, systems=[name for name in config.bench.systems if name != "cpu"]))
-    first = prepare(config)
+    first = _first(config)
     for budget in config.bench.budgets:
         parse_budget(budget, first.layout.expert_bytes, first.layout.slot_bytes, first.layout.nbytes, "bench.budgets")
     if config.predictor.path is not None:
@@ -65,7 +70,7 @@ def bench(config: Config) -> dict[str, Any]:
         try:
             with bar("placing experts", first.layout.nbytes, unit="B") as shown:
                 arena = store.open(shown.update)
-            report = _bench(config, first, arena, output)
+            report = _bench(first.config, first, arena, output)
         finally:
             store.close(config.store.keep)
             torch.set_num_threads(threads)
@@ -88,6 +93,8 @@ def _bench(config: Config, first: Prepared, arena: ArenaInfo, output: BenchDir) 
         "ray_over_in_process": None,
         "rows": [],
     }
+    if first.stand_ins is not None:
+        print(f"the rehearsal's stand-ins: {said_of(first.stand_ins)}", flush=True)
     link = _link(first) if first.device != "cpu" else None
     report["link_gb_per_s"] = round(link / 1e9, 2) if link else None
     for size in config.bench.batch_sizes or [config.batch.size]:
@@ -102,6 +109,27 @@ def _bench(config: Config, first: Prepared, arena: ArenaInfo, output: BenchDir) 
                 output.write_report(report)
                 output.write("bench.md", markdown(report))
     return report
+
+
+def _first(config: Config) -> Prepared:
+    """Prepared; a rehearsal's stand-ins are those of the smallest budget that has room for them, and the same in all rows."""
+    if config.predictor.kind != "rehearsal" or not config.bench.budgets:
+        return prepare(config)
+    sizes = {budget: parse_bytes(budget, FEW_BYTES, FEW_BYTES, "bench.budgets") for budget in config.bench.budgets}
+    for budget in sorted(filter(sizes.get, sizes), key=lambda budget: sizes[budget]):
+        with contextlib.suppress(StandInsError):
+            return prepare(replace(config, store=replace(config.store, budget=budget)))
+    return prepare(config)
+
+
+def _fits(workload: Workload, given: Combination) -> bool:
+    """Whether there is room beside the stand-ins; if not, that is said."""
+    try:
+        given.slots(workload)
+    except StandInsError as error:
+        print(f"{given.system} ({given.predictor}) at {given.budget} is left out: {error}", flush=True)
+        return False
+    return True
 
 
 def _link(prepared: Prepared) -> float:
@@ -120,7 +148,7 @@ def _measure(workload: Workload, link: float | None, output: BenchDir) -> Iterat
             for combination in SYSTEMS[name].combinations(workload, name, budget)
             if number == 0 or SYSTEMS[name].has_budget
         ]
-        measured = _take_turns(workload, combinations)
+        measured = _take_turns(workload, [one for one in combinations if _fits(workload, one)])
         for one in measured:
             if one.combination.system == "sida":
                 one.timeline = _timeline_name(workload, one.combination)

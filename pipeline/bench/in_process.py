@@ -27,6 +27,8 @@ class InProcess:
                 under steady load; otherwise, as at the end of a run, there is nothing to look ahead to.
         """
         self._workload, self._predictor, self._routing, self._goes_on = workload, given.predictor, routing, goes_on
+        self._asks = spec.predictor is not None
+        """The Executor has a predictor of its own, which works while it serves: no table comes from memory."""
         self._executor = Executor(spec)
         self._executor.ready()
         self._window = Window(spec.slots, workload.prepared.config.predictor.lookahead)
@@ -60,13 +62,16 @@ class InProcess:
     def _plan_on(self, batches: list[Batch], count: int) -> None:
         """Tells the Executor of the next round's first batches."""
         for number in range(max(self._next, self._planned), self._next + count):
-            table = self._table(batches[number % len(batches)])
-            if table is not None:
+            batch = batches[number % len(batches)]
+            table = self._table(batch)
+            if self._asks:
+                self._executor.expect(replace(batch, index=number), self._routing)
+            elif table is not None:
                 self._executor.plan(number, table, self._routing)
             self._planned = number + 1
 
     def _table(self, batch: Batch) -> Prediction | None:
-        return None if self._predictor is None else _handed_over(self._workload.table(self._predictor, batch))
+        return None if self._predictor is None or self._asks else _handed_over(self._workload.table(self._predictor, batch))
 
 
 def _handed_over(prediction: Prediction) -> Prediction:

@@ -66,10 +66,16 @@ class Yardsticks:
 
 def rows_of(workload: Workload, measured: list[Measured], yardsticks: Yardsticks) -> list[dict[str, Any]]:
     """One row for each."""
-    return [_row(workload, one, yardsticks) for one in measured]
+    known = {one.combination.predictor: one.median_ms for one in measured if one.combination.system == "sida"}
+
+    def from_memory(one: Measured) -> float | None:
+        """Milliseconds per batch with the same predictor's tables, made beforehand."""
+        return known.get(one.combination.predictor) if one.combination.system == "predicting" else None
+
+    return [_row(workload, one, yardsticks, from_memory(one)) for one in measured]
 
 
-def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks) -> dict[str, Any]:
+def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks, beside: float | None) -> dict[str, Any]:
     config, given = workload.prepared.config, measured.combination
     batches = len(workload.batches)
     samples = sum(len(batch.rows) for batch in workload.batches)
@@ -96,7 +102,8 @@ def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks) -> dict
         **_limit(workload, measured, yardsticks),
         **_movement(workload, measured, yardsticks.link),
         "device_memory_peak_bytes": measured.device_memory_peak_bytes,
-        **_prediction(workload, given.predictor),
+        **_prediction(workload, measured),
+        "prediction_cost": _ratio(measured.median_ms - beside, beside) if beside else None,
         "experts_used_per_layer": round(workload.experts_used_per_layer, 2),
         "median_error": median,
         "max_error": float(errors.max()),
@@ -148,11 +155,14 @@ def _movement(workload: Workload, measured: Measured, link: float | None) -> dic
     }
 
 
-def _prediction(workload: Workload, name: str | None) -> dict[str, Any]:
+def _prediction(workload: Workload, measured: Measured) -> dict[str, Any]:
+    name = measured.combination.predictor
     if name is None:
         return {"predictor": None, "recall": None, "predict_ms": None}
-    tables = workload.tables[name]
-    ms = sum(table.end - table.start for table in tables) / len(tables) / 1e6
+    spans = [(table.start, table.end) for table in workload.tables[name]]
+    if measured.combination.system == "predicting":  # those made while it served
+        spans = [(s.predict_span[0], s.predict_span[1]) for done in measured.passes for s in done.stats if s.predict_span]
+    ms = sum(end - start for start, end in spans) / len(spans) / 1e6
     return {"predictor": name, "recall": round(workload.recall[name], 4), "predict_ms": round(ms, 3)}
 
 
@@ -199,6 +209,8 @@ def line(row: dict[str, Any]) -> str:
         text += f"  {row['speedup']:.2f} x transformers"
     if row["ratio_to_limit"] is not None:
         text += f"  {row['ratio_to_limit']:.2f} x the limit"
+    if row["prediction_cost"] is not None:
+        text += f"  predicting costs {row['prediction_cost']:.1%}, {row['predict_ms']:.2f} ms a batch"
     if row["hit_rate"] is not None:
         text += f"  hits {row['hit_rate']:.0%}"
     return text

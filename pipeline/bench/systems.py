@@ -23,6 +23,8 @@ from pipeline.bench.workload import Combination, Workload, mapped
 from pipeline.config import Config
 from pipeline.data import Batch
 from pipeline.errors import ConfigError
+from pipeline.predicting.place import choose_predictor_device
+from pipeline.prepare import made_stand_ins
 from store import cuda
 
 
@@ -122,6 +124,18 @@ def _all(workload: Workload) -> list[str]:
     return list(workload.tables)
 
 
+def _predicting(workload: Workload, given: Combination) -> Running:
+    """As `sida`, its tables made beside the serving by the predictor in the Executor's process."""
+    prepared = workload.prepared
+    spec = replace(workload.executor_spec(given), policy="lookahead")
+    predictor = prepared.predictor_spec(workload.arena.identity, made_stand_ins(prepared))
+    return InProcess(workload, given, replace(spec, predictor=predictor))
+
+
+def _own(workload: Workload) -> list[str]:
+    return [workload.prepared.config.predictor.kind]
+
+
 def _oracle(workload: Workload) -> list[str]:
     return ["oracle"]
 
@@ -137,6 +151,7 @@ SYSTEMS: dict[str, Kind] = {
     "accelerate": Kind(Accelerate, needs_gpu=True, needs_package="accelerate"),
     "resident": Kind(lambda w, g: InProcess(w, g, w.executor_spec(g)), has_budget=False, predictors=_oracle),
     "sida": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lookahead")), predictors=_all),
+    "predicting": Kind(_predicting, predictors=_own),
     "parallel": Kind(_parallel, predictors=_oracle, group=True),
     "on-demand": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="lru", demand=True)), needs_gpu=True),
     "paper": Kind(lambda w, g: InProcess(w, g, replace(w.executor_spec(g), policy="fifo"), "hash"), predictors=_lstm),
@@ -172,8 +187,17 @@ def check_systems(config: Config, device: str) -> None:
             raise ConfigError(f"bench.systems: {name!r} shares experts out, and executors is 1; give it 2 or more")
         if kind.group and device != "cpu" and config.executors > torch.cuda.device_count():
             raise ConfigError(f"executors: {config.executors}, and this machine has {torch.cuda.device_count()} GPUs")
+        if name == "predicting":
+            if not _has_tables(config):
+                raise ConfigError("bench.systems: 'predicting' needs a predictor that makes tables, and in predictor.path its file")
+            if choose_predictor_device(config, device) != "executor":
+                raise ConfigError("bench.systems: 'predicting' needs predictor.device=executor")
         if name == "paper" and (config.predictor.kind != "lstm" or config.predictor.path is None):
             raise ConfigError("bench.systems: 'paper' needs predictor.kind=lstm and, in predictor.path, its trained file")
+
+
+def _has_tables(config: Config) -> bool:
+    return config.predictor.path is not None or config.predictor.kind == "rehearsal"
 
 
 class Bench:

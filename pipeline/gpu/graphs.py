@@ -11,8 +11,7 @@ A forward that asks the GPU something while it is recorded, as some models do, c
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from pipeline.gpu.layers import CurrentForward, DeviceForward
 from pipeline.gpu.packed import Tables
+from pipeline.gpu.recording import RECORDING, closed
 from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
 
@@ -116,10 +116,10 @@ class GraphedForward:
 
         masks = [self.inputs[name] for name in MASKS if name in self.inputs]
         now = self._current.forward = DeviceForward(masks, self.tables, routed, boundary, lambda layer, in_part: None)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
+        with RECORDING, torch.cuda.stream(self._stream):
+            torch.cuda.synchronize()
             begin()
-            with _closed(graphs):
+            with closed(graphs):
                 outputs = Outputs.of(self._forward(self.inputs), now, counts)
         handles = [graph.raw_cuda_graph_exec() for graph in graphs]
         return Recorded(handles[::2], handles[1::2], outputs, graphs)
@@ -127,15 +127,3 @@ class GraphedForward:
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 """Of the streams, by their names among a task's inputs."""
-
-
-@contextlib.contextmanager
-def _closed(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
-    """Ends the last recording, also when the forward broke: CUDA would refuse all else."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):
-            graphs[-1].capture_end()
-        raise
-    graphs[-1].capture_end()

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StandInsError
 from pipeline.predicting.stand_ins import plan
 from predictor.stand_ins import Plan
-from predictor.traces import file_kind
-from store.errors import SpaceError
 from store.layout import ArenaLayout
 from store.slots import parse_bytes
 
@@ -42,21 +40,18 @@ def choose_predictor_device(config: Config, device: str) -> str:
     return "cuda:0" if wanted == "cuda" else "cpu"  # Ray shows an actor its own GPU as the first
 
 
-def planned_stand_ins(config: Config, layout: ArenaLayout) -> tuple[Plan | None, int]:
+def planned_stand_ins(config: Config, layout: ArenaLayout, beside: int | None) -> tuple[Plan | None, int]:
     """What is to be made for a rehearsal, if anything, and the bytes of what it will hold.
 
-    Made is what `predictor.path` does not hold: nothing is named there, or, as when only `predictor.kind` was changed, another
-    kind's file, which is said.
+    Args:
+        beside: bytes of the budget that they count in; None: they lie elsewhere.
     """
     if config.predictor.kind != "rehearsal":
         return None, 0
-    path = Path(config.predictor.path) if config.predictor.path is not None else None
-    if path is not None:
-        kind = file_kind(path)
-        if kind in (None, "stand_ins"):  # what is wrong with a file that cannot be read, check_predictor says
-            return None, path.stat().st_size if path.is_file() else 0
-        print(f"{path} holds a {kind}: the rehearsal makes stand-ins of its own ({config.predictor.stand_ins.kind})", flush=True)
-    wanted = plan(config.predictor.stand_ins, layout)
+    if config.predictor.path is not None:  # what is wrong with a file that cannot be used, check_predictor says
+        path = Path(config.predictor.path)
+        return None, path.stat().st_size if path.is_file() else 0
+    wanted = plan(config.predictor.stand_ins, layout, beside)
     return wanted, wanted.nbytes
 
 
@@ -64,11 +59,11 @@ def slots_beside(nbytes: int, budget: str, layout: ArenaLayout, free: int) -> in
     """The slots that a budget buys beside a predictor's stand-ins.
 
     Raises:
-        SpaceError: they alone are more than the budget.
+        StandInsError: they alone are more than the budget.
     """
     whole = parse_bytes(budget, layout.expert_bytes, free, "store.budget")
     if nbytes > whole:
-        raise SpaceError(
+        raise StandInsError(
             f"store.budget: {budget!r} is {whole} bytes, the predictor's stand-ins on the same device take {nbytes}: "
             f"{nbytes - whole} bytes short; raise it, or lower predictor.stand_ins.budget"
         )

@@ -7,14 +7,16 @@ Its tokens are grouped by expert and padded to the largest group, so that a laye
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.data import pad
+from pipeline.gpu.rehearsed import NamedExperts
 from pipeline.models import ModelSpec, build, load_embedding
 from pipeline.routing import Expert, Experts, Routing, are_probabilities
 from predictor.errors import PredictorError
@@ -38,6 +40,8 @@ class Rehearsing:
     real: tuple[torch.Tensor, ...] = ()
     tokens: tuple[int, ...] = ()
     said: dict[int, Routing] = field(default_factory=dict)
+    everywhere: tuple[torch.Tensor, ...] | None = None
+    """Instead, padding is computed and spoken of too: per stream bool (tokens, 1), whether a position is real."""
 
 
 class StandInExperts:
@@ -52,6 +56,8 @@ class StandInExperts:
         self._parts, self._now = parts, now
 
     def __call__(self, hidden: torch.Tensor, route: Callable[[], Routing]) -> torch.Tensor:
+        if self._now.everywhere is not None:
+            return self._everywhere(hidden, route(), self._now.everywhere[self._stream])
         real, routing = self._now.real[self._stream], route()
         if len(hidden) != self._now.tokens[self._stream]:
             raise _cannot(f"MoE layer {self._layer} is not given every token")
@@ -61,6 +67,21 @@ class StandInExperts:
         self._now.said.setdefault(self._layer, said)
         output = torch.zeros_like(hidden)
         return output.index_copy(0, real, self._run(hidden[real], said.experts, said.weights)) if self._parts else output
+
+    def _everywhere(self, hidden: torch.Tensor, routing: Routing, real: torch.Tensor) -> torch.Tensor:
+        """Of a router that chooses one expert, without a question to the device."""
+        self._now.said.setdefault(self._layer, routing)
+        if not self._parts:
+            return torch.zeros_like(hidden)
+        own = routing.experts[:, 0]
+        parts: dict[str, Any] = {part: matrices.each(own.clamp(min=0), hidden.dtype) for part, matrices in self._laid.items()}
+        results = (self._expert(parts, hidden) * routing.weights).to(hidden.dtype)
+        return torch.where(real & (own >= 0)[:, None], results, 0)
+
+    def lay(self, dtype: torch.dtype) -> None:
+        """Stand-ins as `_everywhere` reads them."""
+        self._laid: dict[str, Any] = {part: cast(Any, matrices).laid(dtype) for part, matrices in self._parts.items()}
+        self._parts = self._laid  # once on a device
 
     def _run(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -94,12 +115,38 @@ class Rehearser:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside whatever else this process does there
 
+        self._experts: list[StandInExperts] = []
+        self._are_probabilities: dict[int, bool] = {}
+
         def experts(layer: int, stream: int, expert: Expert) -> Experts:
-            return StandInExperts(layer, stream, expert, stand_ins.layers[layer], self._now)
+            self._experts.append(StandInExperts(layer, stream, expert, stand_ins.layers[layer], self._now))
+            return self._experts[-1]
 
         self.model = build(spec, arena, experts, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # weights and stand-ins came on other streams
+
+        self._shape = spec.shape
+        self._needs_groups = stand_ins.method not in ("none", "svd") or spec.shape.top_k > 1
+
+    def namer(self) -> NamedExperts | None:
+        """Who names experts on the device itself; None: here that is done better from what `__call__` says. Not while it learns."""
+        return None if self._needs_groups or self._device.type == "cpu" else self.on_device()
+
+    def on_device(self) -> NamedExperts:
+        for experts in self._experts:
+            experts.lay(self.model.dtype)
+        return NamedExperts(self._route_everywhere, self._shape.streams, self._pad, self._stream, self._device)
+
+    def _route_everywhere(self, inputs: dict[str, torch.Tensor]) -> list[Routing]:
+        masks = [mask for name, mask in inputs.items() if name.endswith("attention_mask")]
+        self._now.said, self._now.everywhere = {}, tuple(mask.reshape(-1, 1) > 0 for mask in masks)
+        try:
+            _forward(self.model, inputs)
+        finally:
+            self._now.everywhere = None
+        said = [self._now.said[layer] for layer in range(self._layers)]
+        return [replace(routing, logits=self._logits(layer, routing)) for layer, routing in enumerate(said)]
 
     @torch.inference_mode()
     def __call__(self, tokens: TokenBatch) -> list[Rehearsed]:
@@ -107,13 +154,21 @@ class Rehearser:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))  # stand-ins in training change on that one
         with torch.cuda.stream(self._stream):
             return [
-                Rehearsed(_logits(r).cpu().numpy(), r.chosen.cpu().numpy(), r.weights.float().cpu().numpy())
-                for r in self.route(tokens)
+                Rehearsed(self._logits(i, r).cpu().numpy(), r.chosen.cpu().numpy(), r.weights.float().cpu().numpy())
+                for i, r in enumerate(self.route(tokens))
             ]
 
     def logits(self, tokens: TokenBatch) -> list[torch.Tensor]:
         """Per MoE layer (tokens, experts), on the device; with gradients, if the stand-ins have any."""
-        return [_logits(routing) for routing in self.route(tokens)]
+        return [self._logits(layer, routing) for layer, routing in enumerate(self.route(tokens))]
+
+    def _logits(self, layer: int, routing: Routing) -> torch.Tensor:
+        """float32 (tokens, experts); some routers hand out probabilities instead, which is looked at once."""
+        assert routing.logits is not None, "what has none is not said"
+        scores = routing.logits.float()
+        if layer not in self._are_probabilities:
+            self._are_probabilities[layer] = are_probabilities(scores)
+        return scores.clamp(min=1e-9).log() if self._are_probabilities[layer] else scores
 
     def route(self, tokens: TokenBatch) -> list[Routing]:
         """What every router says of real tokens, on the device.
@@ -137,13 +192,6 @@ class Rehearser:
 
 def _cannot(reason: str) -> PredictorError:
     return PredictorError(f"predictor.kind: rehearsal cannot predict this model: {reason}; name another kind")
-
-
-def _logits(routing: Routing) -> torch.Tensor:
-    """float32 (tokens, experts); some routers hand out probabilities instead."""
-    assert routing.logits is not None, "what has none is not said"
-    scores = routing.logits.float()
-    return scores.clamp(min=1e-9).log() if are_probabilities(scores) else scores
 
 
 def _forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
@@ -184,7 +232,7 @@ class ArenaModel:
         rehearser = Rehearser(self.spec, arena, stand_ins.to(torch.device(device)), torch.device(device))
         one = np.zeros(1, dtype=np.int64)
         with torch.no_grad():  # a model that cannot be rehearsed says so now
-            rehearser.route(TokenBatch(((one,),) * (1 + max(self.spec.shape.streams))))
+            rehearser.logits(TokenBatch(((one,),) * (1 + max(self.spec.shape.streams))))
         if self.attached is None:
             arena.close()  # what is mapped stays
         return rehearser

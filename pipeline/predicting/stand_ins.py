@@ -6,6 +6,7 @@ place and renamed, so that nobody sees half of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,14 +21,31 @@ from store.arena import Arena
 from store.layout import ArenaLayout
 from store.slots import parse_bytes
 
+QUARTER, FIFTH = 4, 5
+"""`predictor.stand_ins.budget: auto`: a quarter of all expert bytes, but at most a fifth of a budget that they have to share."""
+BEST = ("4bit", "svd", "none")
+"""`predictor.stand_ins.kind: auto`: the first that fits. Not 2bit: with as many bytes svd predicts better (docs/prediction.md)."""
 
-def plan(config: StandInConfig, layout: ArenaLayout) -> Plan:
+
+def plan(config: StandInConfig, layout: ArenaLayout, beside: int | None = None) -> Plan:
     """
+    Args:
+        beside: bytes of the budget that they count in; None: they lie elsewhere.
+
     Raises:
         PredictorError, SpaceError: the budget is none, or too small.
     """
-    budget_bytes = parse_bytes(config.budget, layout.expert_bytes, layout.expert_bytes, "predictor.stand_ins.budget")
-    return stand_ins.plan(config.kind, budget_bytes, tuple(layer.experts for layer in layout.layers), shapes(layout))
+    if config.budget == "auto":
+        budget_bytes = min(layout.expert_bytes // QUARTER, layout.expert_bytes if beside is None else beside // FIFTH)
+    else:
+        budget_bytes = parse_bytes(config.budget, layout.expert_bytes, layout.expert_bytes, "predictor.stand_ins.budget")
+    experts = tuple(layer.experts for layer in layout.layers)
+    if config.kind != "auto":
+        return stand_ins.plan(config.kind, budget_bytes, experts, shapes(layout))
+    for kind in BEST[:-1]:
+        with contextlib.suppress(PredictorError):
+            return stand_ins.plan(kind, budget_bytes, experts, shapes(layout))
+    return stand_ins.plan(BEST[-1], budget_bytes, experts, shapes(layout))
 
 
 def shapes(layout: ArenaLayout) -> list[Shapes]:
@@ -36,15 +54,18 @@ def shapes(layout: ArenaLayout) -> list[Shapes]:
 
 
 def make(wanted: Plan, arena: Arena) -> StandIns:
-    """Of an arena's experts, on the CPU."""
+    """Of an arena's experts, on a GPU if there is one, where it takes seconds; they end on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def read(layer: int, part: str) -> torch.Tensor:
+    def read(layer: int, part: str, experts: slice) -> torch.Tensor:
         layout = arena.layout.layers[layer]
-        return torch.stack([layout.block.views(arena.block(layer, expert))[part] for expert in range(layout.experts)])
+        some = range(layout.experts)[experts]
+        return torch.stack([layout.block.views(arena.block(layer, expert))[part] for expert in some]).to(device)
 
     parts = sum(len(layer) for layer in shapes(arena.layout)[:-1])
     with bar(f"making {wanted.method} stand-ins", parts, unit="part") as shown:
-        return stand_ins.make(wanted, shapes(arena.layout), read, shown.update)
+        experts = tuple(layer.experts for layer in arena.layout.layers)
+        return stand_ins.make(wanted, experts, shapes(arena.layout), read, shown.update)
 
 
 def cached(wanted: Plan, arena: Arena, directory: Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.prepare import Prepared
@@ -37,7 +38,9 @@ def run_metrics(prepared: Prepared, entries: list[dict[str, Any]], arena: ArenaI
         exact = _by_index(second)
         metrics["fidelity"] = fidelity(exact, results, prepared.task.quality(rows, exact), quality)
         metrics["prediction"] = prediction_metrics(stats_of(second))
+    made = prepared.stand_ins
     metrics["prediction"]["kind"] = config.predictor.kind
+    metrics["prediction"]["stand_ins"] = asdict(made) if made is not None else None
     return (
         metrics
         | miss_path(stats)

@@ -9,6 +9,7 @@ from pipeline.data import blank_lines
 from pipeline.losses import KINDS
 from pipeline.prepare import Prepared
 from pipeline.reports.output import METRICS, PREDICTIONS
+from predictor.stand_ins import Plan
 
 
 def say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
@@ -28,8 +29,15 @@ def say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
         f"{prepared.config.store.budget}: {prepared.slots} slots, {mb(prepared.budget_bytes)}"
         + (f", for each of {prepared.config.executors} Executors" if prepared.config.executors > 1 else "")
     )
+    if prepared.stand_ins is not None:
+        say(f"the rehearsal's stand-ins: {said_of(prepared.stand_ins)}")
     if entries:
         say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
+
+
+def said_of(stand_ins: Plan) -> str:
+    rank = f" of rank {stand_ins.size}" if stand_ins.method == "svd" else ""
+    return f"{stand_ins.method}{rank}, {mb(stand_ins.nbytes)}"
 
 
 def say_results(metrics: dict[str, Any], path: Path) -> None:

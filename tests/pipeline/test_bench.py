@@ -108,6 +108,27 @@ def test_a_rehearsal_needs_no_file_to_have_rows_of_its_own(root):
     assert rows[1]["max_error"] < 1e-5
 
 
+def test_what_a_prediction_beside_the_serving_costs_and_who_has_no_room_for_stand_ins(root, capsys):
+    predictor = {"kind": "rehearsal", "top_k": 1, "device": "executor"}
+    given = {"systems": ["resident", "sida", "predicting"], "batch_sizes": [1], "batches": 5, "rounds": 2}
+    rows = bench(config(root, "live", predictor, budgets=["60%", "20%"], **given))["rows"]
+    assert [(row["system"], row["budget"], row["predictor"]) for row in rows] == [
+        ("resident", None, "oracle"),
+        *(
+            (system, budget, name)
+            for budget in ("60%", "20%")
+            for system, name in (("sida", "oracle"), ("sida", "rehearsal"), ("predicting", "rehearsal"))
+        ),
+    ]
+    assert all((row["prediction_cost"] is not None) == (row["system"] == "predicting") for row in rows)
+    assert all(row["max_error"] < 1e-5 for row in rows)
+    assert rows[3]["predict_ms"] > 0 and rows[3]["hit_rate"] > 0
+    large = predictor | {"stand_ins": {"kind": "4bit", "budget": "100%"}}
+    rows = bench(config(root, "large", large, budgets=["5%", "60%"], **given))["rows"]
+    assert [row["budget"] for row in rows if row["predictor"] == "rehearsal"] == ["60%", "60%"]
+    assert "sida (rehearsal) at 5% is left out: store.budget: '5%'" in capsys.readouterr().out
+
+
 def test_a_group_has_each_expert_at_one_of_its_devices_and_the_same_answers(root):
     given = replace(config(root, "parallel", systems=["sida", "parallel"], budgets=["50%"], batches=3), executors=2)
     one, group = bench(given)["rows"]

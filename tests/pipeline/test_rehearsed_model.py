@@ -17,12 +17,13 @@ from pipeline.executor import Executor
 from pipeline.predicting import stand_ins
 from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.predicting.train import record
-from pipeline.prepare import Prepared, made_stand_ins, own_predictor, prepare
+from pipeline.prepare import Prepared, check_predictor, made_stand_ins, own_predictor, prepare
 from predictor.distil import Distillation
+from predictor.errors import PredictorError
 from predictor.hash_table import Width
 from predictor.rehearsal import Rehearsal
 from predictor.settings import TrainSettings
-from predictor.stand_ins import load
+from predictor.stand_ins import Plan, load
 from predictor.tokens import TokenBatch
 from predictor.traces import Trace, save_atomically
 from predictor.training import evaluate, fit
@@ -162,12 +163,42 @@ def test_a_kept_file_that_was_cut_short_is_said_and_made_anew(tmp_path, model, c
         assert f"{path}: truncated" in said and "making it anew" in said and said.count("\n") == 1
 
 
-def test_where_the_path_holds_another_kind_of_predictor_stand_ins_are_made_and_that_is_said(tmp_path, model, capsys):
+def test_a_path_that_holds_another_kind_of_predictor_is_refused(tmp_path, model):
     path = tmp_path / "lstm.safetensors"
     save_atomically({}, path, {"kind": "lstm"})
-    prepared = prepare(config(tmp_path, model[0], predictor={"path": str(path)}))
-    assert prepared.stand_ins is not None
-    assert f"{path} holds a lstm" in capsys.readouterr().out
+    with pytest.raises(PredictorError, match="holds a lstm") as error:
+        check_predictor(prepare(config(tmp_path, model[0], predictor={"path": str(path)})))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_left_to_itself_it_takes_what_fits_and_on_the_executors_device_a_fifth_of_the_budget(tmp_path, model):
+    def planned(device: str, budget: str):
+        predictor = {"device": device, "stand_ins": {}}
+        return prepare(config(tmp_path, model[0], predictor=predictor, store={"budget": budget} | arenas(tmp_path)))
+
+    assert planned("cpu", "5%").stand_ins.method == "4bit"
+    small = planned("executor", "20%")
+    assert (small.stand_ins.method, small.stand_ins.size > 0) == ("svd", True)
+    assert small.stand_ins.nbytes <= 0.2 * 0.2 * small.layout.expert_bytes
+    assert planned("executor", "1%").stand_ins == Plan("none", 0, 0)
+
+
+def test_as_a_gpu_runs_it_it_names_the_same_experts_for_one_batch_and_for_several_together(tmp_path, model):
+    for kind in ("svd", "none"):
+        with opened(config(tmp_path, model[0], kind, "30%")) as (prepared, arena):
+            made = load(made_stand_ins(prepared), prepared.model.shape.layers, arena.identity)
+            rehearser = ArenaModel(prepared.model, prepared.arena, arena).rehearser(made, "cpu")
+            shape = prepared.model.shape
+            alone = Rehearsal(rehearser, None, shape, Width(3))
+            batches = [batch.tokens for batch in prepared.batches]
+            expected = [alone.predict(tokens) for tokens in batches]
+            fast = Rehearsal(rehearser, None, shape, Width(3), rehearser.on_device())
+            for tables in (fast.predict_all(batches), [fast.predict(tokens) for tokens in batches]):
+                for mine, theirs in zip(tables, expected, strict=True):
+                    for layer in range(shape.layers):
+                        assert (mine.experts[layer] == theirs.experts[layer]).mean() > 0.99
+                        np.testing.assert_allclose(mine.probability[layer], theirs.probability[layer], atol=1e-3)
+                        np.testing.assert_allclose(mine.scaling[layer], theirs.scaling[layer], atol=1e-3)
 
 
 # where it runs

@@ -46,7 +46,7 @@ def test_under_hash_routing_only_what_the_routers_chose_is_needed():
     table = Rehearsal(lambda tokens: said, None, shape(1), Width(4)).predict(TOKENS)
     for layer, router in enumerate(said):
         assert {expert for expert, _ in table.uses_under("hash")[layer]} == set(router.chosen.ravel())
-        assert (table.deciding().experts[layer][:, 1:] == -1).all()
+        assert (table.deciding.experts[layer][:, 1:] == -1).all()
 
 
 def test_a_tie_that_the_router_broke_its_own_way_stays_broken_that_way():
