@@ -157,12 +157,14 @@ class LookAhead:
 
     def order(self) -> Iterator[Key]:
         out: list[Place] = []
+        looked: set[int] = set()  # layers that have lost their rank
         try:
             while self._ranks:
                 rank = heapq.heappop(self._ranks)
                 _, layer, place = rank
                 if self._first.get(layer) is not rank:
                     continue
+                looked.add(layer)
                 if self._place.get(place[2]) is place:
                     out.append(heapq.heappop(self._idle[layer]))
                     yield place[2]
@@ -175,6 +177,8 @@ class LookAhead:
         finally:  # whoever has found one goes no further
             for place in out:
                 self._push(place)
+            for layer in looked:
+                self._rank(layer)
 
     def outlasts(self, key: Key, resident: Key) -> bool:
         return self._used_now(key) >= self._weight[resident]

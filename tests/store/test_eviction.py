@@ -345,3 +345,31 @@ def test_tables_further_ahead_save_moves(name):
     layers, experts, used, exponent, slots = TRACES[name]
     trace = zipf(layers, experts, used, exponent)
     assert moves_of("lookahead", trace, experts, slots, 16) < moves_of("lookahead", trace, experts, slots, 1)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=("tables", "routers asked"))
+def test_nobody_is_left_out_of_an_order_that_is_asked_for_and_left_again_and_again(asked):
+    """Wanted, and wanted no more without a use: then an expert stands where it stood, and stale twins of it beside it."""
+    rng = random.Random(0)
+    policy, resident = LookAhead(), set()
+    for step in range(4000):
+        key = (rng.randrange(3), rng.randrange(6))
+        if key not in resident and len(resident) < 7:
+            policy.admitted(key)
+            resident.add(key)
+        if rng.random() < 0.3:
+            policy.used(key)
+        policy.wanted(key, rng.choice([None, step, step + 5]))
+        policy.wanted(rng.choice([*resident]), None)
+        if asked and rng.random() < 0.3:
+            policy.reads(key[0], rng.randrange(1, 6))
+        first = next(policy.order())
+        assert first in resident
+        if rng.random() < 0.3:
+            policy.evicted(first)
+            resident.remove(first)
+        if step % 50 == 0:
+            assert {*policy.order()} == resident
+        if rng.random() < 0.02:
+            policy.finished()
+    assert {*policy.order()} == resident
