@@ -120,7 +120,6 @@ def _in_turn(trial: Trial, run: InProcess, workload: Workload, rounds: int) -> t
     warm_up = WARM_UP[torch.device(workload.prepared.device).type]
     for number in range(-warm_up, rounds):
         of_trial = trial.round()
-        trial.rest()
         of_run = run.run(workload.batches).seconds / len(workload.batches)
         if number >= 0:
             tried.append(of_trial)

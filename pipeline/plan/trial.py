@@ -66,23 +66,22 @@ class Trial:
         spec = ExecutorSpec(known.model, task, scratch, slots, policy, known.device, threads, asks_routers=routing == "exact")
         self._executor = Executor(spec)
         self._window = Window(slots, recorded.routed.lookahead)
-        self._submitted = 0
+        self._submitted = self._planned = 0
         self._under_way: deque[Future[BatchResult]] = deque()
         self._executor.ready()
 
     def round(self) -> float:
-        """Seconds per batch, when one follows the other and those of the next round are known beforehand, as in a run."""
+        """Seconds per batch, when one follows the other. The next round's first tables are known when it ends."""
+        batches = len(self._recorded.batches)
         start = time.perf_counter()
-        for _ in self._recorded.batches:
-            while len(self._under_way) <= self._window.lookahead:
+        end = self._submitted + batches
+        while self._submitted < end or self._under_way:
+            while self._submitted < end and len(self._under_way) <= self._window.lookahead:
                 self._under_way.append(self._submit())
+            for number in range(self._submitted, self._submitted + self._window.lookahead + 1 - len(self._under_way)):
+                self._plan(number)
             self._under_way.popleft().result()
-        return (time.perf_counter() - start) / len(self._recorded.batches)
-
-    def rest(self) -> None:
-        """Ends what has been submitted ahead, for others to be timed."""
-        while self._under_way:
-            self._under_way.popleft().result()
+        return (time.perf_counter() - start) / batches
 
     def close(self) -> None:
         self._executor.close()
@@ -90,11 +89,14 @@ class Trial:
     def _submit(self) -> Future[BatchResult]:
         number, self._submitted = self._submitted, self._submitted + 1
         at = number % len(self._recorded.batches)
-        predicted = self._recorded.routed.predicted[at]
-        self._window.saw(sum(p for layer in predicted for _, p in layer))
-        # Its own table comes first, the truth that decides is heard too late to be planned.
-        self._executor.plan_uses(number, predicted)
+        self._window.saw(sum(p for layer in self._recorded.routed.predicted[at] for _, p in layer))
+        self._plan(number)  # its own table comes first, the truth that decides is heard too late to be planned
         return self._executor.submit(replace(self._recorded.batches[at], index=number), self._routing[at], "hash")
+
+    def _plan(self, number: int) -> None:
+        if number >= self._planned:
+            self._executor.plan_uses(number, self._recorded.routed.predicted[number % len(self._recorded.batches)])
+            self._planned = number + 1
 
 
 def tried(
@@ -117,7 +119,6 @@ def tried(
                 rounds = [trial.round() for _ in range(WARM_UP[kind] + 2)][WARM_UP[kind] :]
                 while sum(rounds) * len(recorded.batches) < seconds and len(rounds) < 20:
                     rounds.append(trial.round())
-                trial.rest()
             out.append(Tried(count, statistics.median(rounds)))
     return out
 
