@@ -1,7 +1,7 @@
 """A picture of a timeline's lanes, where copies are seen under compute: `python -m pipeline.bench.lanes timeline.json [ms [from]]`
 
-Draws so many milliseconds (40) from a moment on (the middle), as timeline.png beside the file. Needs matplotlib. Knows the file
-(pipeline/reports/timeline.py) and nothing of what was measured.
+Draws so many milliseconds (40) from a moment on (around the batch in the middle), as timeline.png beside the file. Needs
+matplotlib. Knows the file (pipeline/reports/timeline.py) and nothing of what was measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def draw_lanes(events: list[dict[str, Any]], ms: float, begin_ms: float | None, 
     """
     Args:
         events: of the timeline's `traceEvents` those with a duration.
-        begin_ms: None: half of the time to be drawn before the timeline's middle.
+        begin_ms: None: the batch in the middle is in the picture's.
 
     Returns: the picture; None: there is no matplotlib.
     """
     drawn = figure(10, 2.2)
     if drawn is None:
         return None
-    last = max(event["ts"] + event["dur"] for event in events) / 1e3
-    begin = max(0.0, last / 2 - ms / 2) if begin_ms is None else begin_ms
+    computed = sorted(event["ts"] / 1e3 for event in events if event["cat"] == LANES[-1])
+    begin = max(0.0, computed[len(computed) // 2] - ms / 2) if begin_ms is None else begin_ms
     axes = drawn.add_subplot()
     for height, lane in enumerate(reversed(LANES)):
         bars = [
