@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "switch-mini-64"
+VOCABULARY = 12288
+"""Of TOKENIZER: a model that reads with it has as many embeddings, or it is refused."""
 SENTENCES = (
     "a quiet film that earns its tears",
     "the plot is a mess",
@@ -44,7 +46,7 @@ def switch_config(**changes):
     from transformers import SwitchTransformersConfig
 
     settings = {
-        "vocab_size": 8192, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4,
+        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4,
         "num_layers": 4, "num_sparse_encoder_layers": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1,
         "num_experts": 8, "expert_capacity": 64, "dropout_rate": 0.0, "router_jitter_noise": 0.0,
         "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": True,

@@ -15,11 +15,11 @@ from pipeline.bench.decoding_workload import cut
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
 from store.simulator import layout_of
-from tests.conftest import ROOT, TOKENIZER
+from tests.conftest import ROOT, TOKENIZER, VOCABULARY
 
 CONFIG = ROOT / "configs" / "bench-qwen3-30b.yaml"
 SMALL = {
-    "vocab_size": 8192, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "num_experts": 16, "num_local_experts": 16, "num_experts_per_tok": 2,
 }  # fmt: skip
 

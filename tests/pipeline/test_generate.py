@@ -26,7 +26,7 @@ from pipeline.tasks.writing import DONE
 from predictor.actor import timed
 from predictor.nobody import Nobody
 from store.actor import ExpertStore
-from tests.conftest import SENTENCES, TOKENIZER
+from tests.conftest import SENTENCES, TOKENIZER, VOCABULARY
 from tests.pipeline.tiny_families import save_tiny
 
 CONTEXT = 48
@@ -35,7 +35,7 @@ STOP = 1
 
 
 def save_decoder(directory: Path, family: str = "qwen3_moe", **changes):
-    cls = save_tiny(family, directory, vocab_size=8192, max_position_embeddings=CONTEXT, **changes)
+    cls = save_tiny(family, directory, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, directory)
     return cls.from_pretrained(directory, dtype=torch.float32).eval()

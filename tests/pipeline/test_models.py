@@ -36,7 +36,7 @@ from store.copies import CopyEngine
 from store.errors import CheckpointError
 from store.eviction import POLICIES
 from store.slots import Slots
-from tests.conftest import answers, config_data, save_switch, write_tsv
+from tests.conftest import VOCABULARY, answers, config_data, save_switch, write_tsv
 
 CPU = torch.device("cpu")
 
@@ -119,7 +119,7 @@ def test_a_description_says_what_the_actors_must_know(published):
     assert spec.is_encoder_decoder
     assert spec.shape.experts == (8, 8, 8)
     assert spec.shape.streams == (ENCODER, ENCODER, DECODER)
-    assert (spec.shape.top_k, spec.shape.vocab_size) == (1, 8192)
+    assert (spec.shape.top_k, spec.shape.vocab_size) == (1, VOCABULARY)
     assert spec.dtype == "float32"
     experts = {name for layer in spec.placement.experts for expert in layer for name in expert.values()}
     assert len(experts) == 3 * 8 * 2

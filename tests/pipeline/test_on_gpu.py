@@ -46,7 +46,7 @@ from store.actor import ExpertStore
 from store.arena import clean
 from store.lanes import CudaMark
 from store.schedule import WORTH_COPYING
-from tests.conftest import SENTENCES, TOKENIZER, answers, config_data, save_switch, switch_config, write_tsv
+from tests.conftest import SENTENCES, TOKENIZER, VOCABULARY, answers, config_data, save_switch, switch_config, write_tsv
 from tests.pipeline.test_exactness import assert_equal_results
 from tests.pipeline.test_generate import save_decoder
 from tests.store.pages import evict
@@ -176,7 +176,7 @@ def make_some(task, sizes: list[int], longest: int = 40, seed: int = 0) -> list[
     rng = np.random.default_rng(seed)
 
     def row(tokens: int) -> np.ndarray:
-        return rng.integers(2, 8192, tokens)
+        return rng.integers(2, VOCABULARY, tokens)
 
     batches = []
     for index, size in enumerate(sizes):

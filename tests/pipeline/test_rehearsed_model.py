@@ -82,7 +82,7 @@ def test_a_classification_head_is_rehearsed_as_well(tmp_path):
 
 def test_better_stand_ins_predict_better_and_the_first_router_needs_none(tmp_path, model):
     found = {}
-    for kind, budget in (("none", "100%"), ("svd", "10%"), ("2bit", "100%"), ("4bit", "100%")):
+    for kind, budget in (("none", "100%"), ("svd", "25%"), ("2bit", "100%"), ("4bit", "100%")):
         with opened(config(tmp_path, model[0], kind, budget)) as (prepared, arena):
             found[kind] = accuracy(prepared, arena, record(prepared))["top1"]
     assert {rates[0] for rates in found.values()} == {1.0}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from pipeline.cluster import cluster
 from pipeline.config import parse
 from pipeline.run import run
-from tests.conftest import SENTENCES, TOKENIZER, read_jsonl
+from tests.conftest import SENTENCES, TOKENIZER, VOCABULARY, read_jsonl
 from tests.pipeline.tiny_families import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def answered(tmp_path: Path, directory: Path, task: str) -> tuple[list[dict], di
 @pytest.fixture
 def model(request, tmp_path):
     """A family's directory and its whole model."""
-    cls = save_tiny(request.param, tmp_path / "model", vocab_size=8192, max_position_embeddings=CONTEXT)
+    cls = save_tiny(request.param, tmp_path / "model", vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, tmp_path / "model")
     return tmp_path / "model", cls.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()

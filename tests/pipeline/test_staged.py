@@ -136,7 +136,7 @@ def serve(data: dict, slots: int, policy: str, on_device: bool = True, twice: bo
     arena = load(prepared.arena, prepared.weights, prepared.model.placement)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what is left unwritten is NaN
     staged = Staged(prepared, arena, slots, policy, on_device)
-    predictor, count = Random(prepared.model.shape, top_k=2, seed=0), len(prepared.batches)
+    predictor, count = Random(prepared.model.shape, top_k=1, seed=0), len(prepared.batches)
     tables = [predictor.predict(batch.tokens) for batch in prepared.batches]
     results = []
     try:

@@ -28,7 +28,7 @@ from predictor.hash_table import HashTable
 from predictor.traces import join
 from store.actor import ExpertStore
 from store.copies import CopyEngine
-from tests.conftest import SENTENCES, TOKENIZER, answers, config_data, save_switch, write_tsv
+from tests.conftest import SENTENCES, TOKENIZER, VOCABULARY, answers, config_data, save_switch, write_tsv
 from tests.pipeline.test_exactness import assert_equal_results
 from tests.pipeline.tiny_families import save_tiny
 
@@ -246,7 +246,7 @@ def test_generation_that_stops_at_different_steps(world, tmp_path):
 
 def test_a_family_behind_the_door_with_several_experts_per_token(world, tmp_path):
     directory = tmp_path / "model"
-    cls = save_tiny("qwen3_moe", directory, vocab_size=8192, max_position_embeddings=128)
+    cls = save_tiny("qwen3_moe", directory, vocab_size=VOCABULARY, max_position_embeddings=128)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, directory)
     whole = cls.from_pretrained(directory, dtype=torch.float32).eval()
