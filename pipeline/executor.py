@@ -107,14 +107,14 @@ class Executor:
         done.add_done_callback(lambda _: self._spoken.pop(batch.index, None))
         done.add_done_callback(lambda _: self._tables.finished(batch.index))
         if prediction is None and self._predicting is not None and batch.index not in self._expected:
-            self._tables.ask(batch.index, batch.tokens)
+            self._tables.ask(batch.index, batch.tokens, alone=routing == "hash")
         self._ahead.submit(self._begin, batch, prediction, routing, spoken, done)
         return done
 
     def expect(self, batch: Batch, routing: str = "exact") -> None:
         """Hears of a batch that will be submitted without a table: the predictor that is here makes one, and it is planned."""
         self._expected[batch.index] = None
-        self._tables.ask(batch.index, batch.tokens)
+        self._tables.ask(batch.index, batch.tokens, alone=routing == "hash")
         self._ahead.submit(self._expect, batch.index, routing)
 
     def predict(self, tokens: TokenBatch) -> Prediction:

@@ -137,6 +137,8 @@ def prepare(config: Config) -> Prepared:
     digest.update(json.dumps(decisive, sort_keys=True).encode())  # a router's capacity is no weight, and decides answers
     if config.routing == "hash" and config.predictor.path and Path(config.predictor.path).is_file():
         digest.update(Path(config.predictor.path).read_bytes())  # there the tables decide the answers
+    if config.routing == "hash" and plan is not None:
+        digest.update(f"{plan.method} {plan.size}".encode())
     for row in encoded:
         for ids in (*row.streams, *(() if row.target is None else (row.target,))):
             digest.update(ids.tobytes() + b"|")
@@ -220,7 +222,7 @@ def made_stand_ins(prepared: Prepared) -> Path | None:
     arena = Arena.attach(prepared.arena)
     assert arena is not None, "the store keeps it"
     try:
-        return stand_ins.cached(prepared.stand_ins, arena)
+        return stand_ins.cached(prepared.stand_ins, arena, prepared.device)
     finally:
         arena.close()
 

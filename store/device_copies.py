@@ -159,10 +159,14 @@ class DeviceCopyEngine(JudgedSchedule):
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
             keys = [(layer, expert) for expert in experts]
             self._spoken[position] = len(keys)
-            self._demanded.update((key, position) for key in keys if key not in self.slots)
             self._want_instead(position, keys)
-            while self._may_begin_anywhere and self._begin():  # the copy thread would come late, and the link is idle
-                pass
+            self._demanded.update((key, position) for key in keys if key not in self.slots)
+            try:
+                while self._may_begin_anywhere and self._begin():  # the copy thread would come late, and the link is idle
+                    pass
+            except BaseException as error:
+                self._fail(error)
+                raise
         self._proceed()
 
     def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:
@@ -249,10 +253,14 @@ class DeviceCopyEngine(JudgedSchedule):
                         continue
                 self._land()
         except BaseException as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Whoever waits is told, and who comes later."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
 
     def _begin(self) -> bool:
         """Puts the next copy into the copy lane; False: enough are there, or there is none."""

@@ -23,6 +23,9 @@ MARGIN = 1.25
 """Moves over those of the cache, beyond which it is better. What is asked for comes while nothing computes: on an H200 a move of
 `on-demand` took 1.2 to 1.5 times as long as one that tables foretold at batch 1, 1.04 to 1.1 times at 8 and 64
 (docs/results/bench-switch-base-256-*.json)."""
+SAMPLE, ENOUGH_SLOTS = 16, 64
+"""The cache is played for one in so many experts, as long as that leaves it so many slots: forwards need the time that it costs.
+Whether an expert is one of them has nothing to do with how often it is used (Waldspurger et al., SHARDS, 2015)."""
 LEAST, ROUNDS = 1000, 4
 """Uses in which moves are compared, and how often they go round the slots at least: until then a cache only fills."""
 
@@ -40,13 +43,14 @@ class Doubt:
             policy: makes one that knows nothing yet: the cache's.
         """
         self.asks = False
-        self._slots, self._make = slots, policy
+        self._every = max(1, min(SAMPLE, slots // ENOUGH_SLOTS))
+        self._slots, self._make = slots // self._every, policy
         self._window = max(LEAST, ROUNDS * slots)
         self._uses = self._named = self._foretold = 0.0  # the latest count most
         self._policy = policy()
         self._held: set[Key] = set()  # by the cache
         self._is_full = False
-        self._watched = self._moved = self._would_move = 0
+        self._watched = self._moved = self._played = self._would_move = 0
 
     def copied(self) -> None:
         """An expert has come into a slot."""
@@ -70,14 +74,17 @@ class Doubt:
             self._forget()
         elif not self.asks:
             self._moved += missed
-            self._compare({(layer, expert): None for expert in used})
+            self._watched += len(used)
+            self._play(layer, {key: None for expert in used if hash(key := (layer, expert)) % self._every == 0})
+            if self._watched >= self._window:
+                self._compare()
 
     def finished(self) -> None:
         """A batch has ended."""
         self._policy.finished()
 
-    def _compare(self, used: Collection[Key]) -> None:
-        """Plays the cache. Of the layer's own nobody goes for another, unless they are too many: then one is read in place."""
+    def _play(self, layer: int, used: Collection[Key]) -> None:
+        """Of the layer's own nobody goes for another, unless they are too many: then one is read in place."""
         missing = [key for key in used if key not in self._held]
         for key in missing:
             if len(self._held) >= self._slots:
@@ -90,17 +97,19 @@ class Doubt:
             self._held.add(key)
         for key in used:
             self._policy.used(key)
-        self._watched += len(used)
+        self._policy.reads(layer, len(used))
+        self._played += len(used)
         self._would_move += len(missing)
-        if self._watched >= self._window:
-            if self._is_full:
-                self.asks = self._moved > MARGIN * self._would_move
-            self._is_full = True
-            self._watched = self._moved = self._would_move = 0
+
+    def _compare(self) -> None:
+        if self._is_full:
+            self.asks = self._moved * self._played > MARGIN * self._would_move * self._watched
+        self._is_full = True
+        self._watched = self._moved = self._played = self._would_move = 0
 
     def _forget(self) -> None:
         if self._held:
             self._policy = self._make()
             self._held.clear()
         self._is_full = False
-        self._watched = self._moved = self._would_move = 0
+        self._watched = self._moved = self._played = self._would_move = 0

@@ -8,6 +8,7 @@ For routers that choose one expert, and stand-ins whose products need no groupin
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from predictor.tokens import TokenBatch
 
 FEW = 4
 """Tokens per row that are not padded further: a decoder that only begins."""
+SHAPES = 32
+"""Kept as graphs, the last used: each has memory of its own."""
 Inputs = dict[str, torch.Tensor]
 Key = tuple[Any, ...]
 
@@ -44,10 +47,9 @@ class NamedExperts:
         """
         self._everywhere, self._streams, self._padding = everywhere, streams, padding
         self._stream, self._device = stream, device
-        self._seen: dict[Key, tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor] | None] = {}
-        """By shape: None: it has been seen, and may be recorded when it comes again."""
-        self._refused: set[Key] = set()
-        self._pool = torch.cuda.graph_pool_handle() if stream is not None else None
+        self._seen: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor] | None] = OrderedDict()
+        """By shape, the last used at the end. None: it has been seen, and may be recorded when it comes again."""
+        self._is_refused = stream is None
 
     @torch.inference_mode()
     def __call__(
@@ -82,13 +84,15 @@ class NamedExperts:
 
     def _run(self, host: Inputs, temperatures: tuple[float, ...], top_k: int) -> torch.Tensor:
         shape = (*(tuple(tensor.shape) for tensor in host.values()), temperatures, top_k)
-        known = self._seen.get(shape)
+        again = shape in self._seen
+        known = self._seen[shape] = self._seen.pop(shape, None)
+        if len(self._seen) > SHAPES:
+            self._seen.popitem(last=False)
         if known is None:
             inputs = {name: tensor.to(self._device) for name, tensor in host.items()}
-            if self._stream is None or shape not in self._seen or shape in self._refused:
-                self._seen.setdefault(shape)
+            if self._is_refused or not again:
                 return self._name(inputs, temperatures, top_k)
-            known = self._seen[shape] = self._record(shape, inputs, temperatures, top_k)
+            known = self._seen[shape] = self._record(inputs, temperatures, top_k)
             if known is None:
                 return self._name(inputs, temperatures, top_k)
         graph, inputs, said = known
@@ -98,20 +102,22 @@ class NamedExperts:
         return said
 
     def _record(
-        self, shape: Key, inputs: Inputs, temperatures: tuple[float, ...], top_k: int
+        self, inputs: Inputs, temperatures: tuple[float, ...], top_k: int
     ) -> tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor] | None:
         """None: this model asks the GPU something while it runs."""
         graph = torch.cuda.CUDAGraph()
         try:
             with RECORDING:
                 torch.cuda.current_stream(self._device).synchronize()
-                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                pool = (
+                    torch.cuda.graph_pool_handle()
+                )  # its own: torch refuses one for good once all that was recorded in it is gone
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 with closed([graph]):
                     said = self._name(inputs, temperatures, top_k)
         except RuntimeError as error:
             print(f"rehearsal without a CUDA graph: {str(error).splitlines()[0]}", flush=True)
-            self._refused.add(shape)
-            self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
+            self._is_refused = True  # other shapes would be, too
             return None
         return graph, inputs, said
 

@@ -136,6 +136,8 @@ class Rehearser:
     def on_device(self) -> NamedExperts:
         for experts in self._experts:
             experts.lay(self.model.dtype)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return NamedExperts(self._route_everywhere, self._shape.streams, self._pad, self._stream, self._device)
 
     def _route_everywhere(self, inputs: dict[str, torch.Tensor]) -> list[Routing]:

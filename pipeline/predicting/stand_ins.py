@@ -53,9 +53,20 @@ def shapes(layout: ArenaLayout) -> list[Shapes]:
     return [{part.name: part.shape for part in layer.block.parts} for layer in layout.layers]
 
 
-def make(wanted: Plan, arena: Arena) -> StandIns:
-    """Of an arena's experts, on a GPU if there is one, where it takes seconds; they end on the CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def make(wanted: Plan, arena: Arena, device: str) -> StandIns:
+    """Of an arena's experts, computed on a device, where that takes seconds; they end on the CPU, and nothing is left there."""
+    if device == "cpu":
+        return _make(wanted, arena, torch.device(device))
+    try:
+        return _make(wanted, arena, torch.device(device))
+    except torch.cuda.OutOfMemoryError:
+        print(f"{device} has no room to make stand-ins on: the CPU makes them, in minutes", flush=True)
+        return _make(wanted, arena, torch.device("cpu"))
+    finally:
+        torch.cuda.empty_cache()  # the Executor, another process, has reckoned with it
+
+
+def _make(wanted: Plan, arena: Arena, device: torch.device) -> StandIns:
 
     def read(layer: int, part: str, experts: slice) -> torch.Tensor:
         layout = arena.layout.layers[layer]
@@ -68,8 +79,8 @@ def make(wanted: Plan, arena: Arena) -> StandIns:
         return stand_ins.make(wanted, experts, shapes(arena.layout), read, shown.update)
 
 
-def cached(wanted: Plan, arena: Arena, directory: Path | None = None) -> Path:
-    """The file of these stand-ins, made if it is not there. One that is damaged is made anew, and that is said."""
+def cached(wanted: Plan, arena: Arena, device: str, directory: Path | None = None) -> Path:
+    """The file of these stand-ins, made on that device if it is not there. One that is damaged is made anew, and that is said."""
     fingerprint = arena.path.name.rsplit("-", 1)[-1]
     path = (directory or cache_directory()) / f"{fingerprint}-{wanted.method}-{wanted.size}.safetensors"
     if path.exists():
@@ -78,7 +89,7 @@ def cached(wanted: Plan, arena: Arena, directory: Path | None = None) -> Path:
             return path
         except PredictorError as error:
             print(f"{error}; making it anew", flush=True)
-    stand_ins.save(make(wanted, arena), path, arena.identity)
+    stand_ins.save(make(wanted, arena, device), path, arena.identity)
     return path
 
 

@@ -133,7 +133,7 @@ def _stand_ins(prepared: Prepared, arena: Arena, parts: list[traces.Trace], path
     assert prepared.stand_ins is not None
     shape, device = prepared.model.shape, torch.device(prepared.device)
     model = ArenaModel(prepared.model, prepared.arena, arena)
-    made = stand_ins.make(prepared.stand_ins, arena)
+    made = stand_ins.make(prepared.stand_ins, arena, prepared.device)
     _say_stand_ins(prepared, made)
 
     def rehearsal(of: StandIns) -> Rehearsal:

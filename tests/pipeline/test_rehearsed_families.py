@@ -50,7 +50,7 @@ def opened(tmp_path: Path, family: str) -> Iterator[tuple[Served, Arena, list[Ba
 def made(arena: Arena, kind: str) -> StandIns:
     """As large as they get."""
     layers = arena.layout.layers
-    return stand_ins.make(plan(kind, 2**40, tuple(layer.experts for layer in layers), stand_ins.shapes(arena.layout)), arena)
+    return stand_ins.make(plan(kind, 2**40, tuple(layer.experts for layer in layers), stand_ins.shapes(arena.layout)), arena, "cpu")
 
 
 def recorded(served: Served, batches: list[Batch]) -> Trace:

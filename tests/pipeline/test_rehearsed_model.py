@@ -136,9 +136,9 @@ def test_on_a_cpu_the_backbone_is_the_arenas_own_pages(tmp_path, model):
 
 def test_stand_ins_are_made_once_and_found_again(tmp_path, model):
     with opened(config(tmp_path, model[0])) as (prepared, arena):
-        path = stand_ins.cached(prepared.stand_ins, arena, tmp_path / "cache")
+        path = stand_ins.cached(prepared.stand_ins, arena, "cpu", tmp_path / "cache")
         before = path.stat()
-        assert stand_ins.cached(prepared.stand_ins, arena, tmp_path / "cache") == path
+        assert stand_ins.cached(prepared.stand_ins, arena, "cpu", tmp_path / "cache") == path
         assert path.stat() == before
         assert os.listdir(tmp_path / "cache") == [path.name]
 
@@ -148,16 +148,16 @@ def test_other_weights_and_other_budgets_have_files_of_their_own(tmp_path, model
     paths = set()
     for directory, kind, budget in ((model[0], "svd", "20%"), (model[0], "svd", "40%"), (tmp_path / "other", "svd", "20%")):
         with opened(config(tmp_path, directory, kind, budget)) as (prepared, arena):
-            paths.add(stand_ins.cached(prepared.stand_ins, arena, tmp_path / "cache"))
+            paths.add(stand_ins.cached(prepared.stand_ins, arena, "cpu", tmp_path / "cache"))
     assert len(paths) == 3
 
 
 def test_a_kept_file_that_was_cut_short_is_said_and_made_anew(tmp_path, model, capsys):
     with opened(config(tmp_path, model[0])) as (prepared, arena):
-        path = stand_ins.cached(prepared.stand_ins, arena, tmp_path / "cache")
+        path = stand_ins.cached(prepared.stand_ins, arena, "cpu", tmp_path / "cache")
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        assert stand_ins.cached(prepared.stand_ins, arena, tmp_path / "cache") == path
+        assert stand_ins.cached(prepared.stand_ins, arena, "cpu", tmp_path / "cache") == path
         load(path, prepared.model.shape.layers, arena.identity)
         said = capsys.readouterr().out
         assert f"{path}: truncated" in said and "making it anew" in said and said.count("\n") == 1
@@ -256,7 +256,7 @@ def test_distilled_stand_ins_of_low_rank_predict_better_than_the_best_of_their_r
     with opened(config(tmp_path, model[0], "svd", "10%", data={"limit": 12})) as (prepared, arena):
         trace, shape = record(prepared), prepared.model.shape
         access = ArenaModel(prepared.model, prepared.arena, arena)
-        made = stand_ins.make(prepared.stand_ins, arena)
+        made = stand_ins.make(prepared.stand_ins, arena, "cpu")
 
         def judged(of) -> float:
             return evaluate(Rehearsal(access.rehearser(of, "cpu"), None, shape, Width(3)), trace, shape).mean_top1

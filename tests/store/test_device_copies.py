@@ -571,6 +571,34 @@ def test_what_a_router_names_comes_before_all_else_and_is_a_demand_copy(make):
     assert (moved.prefetch_bytes, moved.demand_bytes) == (2 * BLOCK, 0)
 
 
+@pytest.mark.parametrize("probability", [1.0, 0.8])
+def test_what_a_table_foretold_too_late_is_a_demand_copy_all_the_same(make, probability):
+    engine = make(3, held=[(1, A)])
+    engine.plan(0, [[], [(A, 1.0)]])
+    until(lambda: len(filling(engine)) == 1)
+    with engine._changed:  # the copy thread is busy: a table's word comes just before the router's
+        engine.plan(1, [[(B, probability)], []])
+        engine.demand(1, 0, [B, C])
+    engine._lanes.let((1, A))
+    stage(engine, 1, 0)
+    moved = engine.take()
+    assert (moved.prefetch_bytes, moved.demand_bytes) == (BLOCK, 2 * BLOCK)
+
+
+def test_a_copy_that_cannot_begin_is_told_to_whoever_comes_later(make, monkeypatch):
+    engine = make(3)
+
+    def refuses(key, slot):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(engine._lanes, "fill", refuses)
+    with pytest.raises(RuntimeError, match="out of resources"):
+        engine.demand(0, 0, [A, B])
+    engine.finish(0)
+    with pytest.raises(RuntimeError, match="copying experts failed"):
+        in_threads(lambda: engine.stage(1, 0))
+
+
 def test_what_a_table_wanted_and_the_router_does_not_is_not_copied_any_more(make):
     engine = make(2, held=[(0, A)])
     engine.plan(0, sure([A, B, C, D], []))
@@ -818,5 +846,5 @@ def test_a_forward_that_reads_all_experts_leaves_slots_to_those_that_come_again(
     every = [list(range(experts))] * layers
     history = [every, *[step] * 8, every] if prompt else [every] * 10
     ours, others = (play([experts] * layers, slots, policy, history, None)[0][-1] for policy in ("lookahead", "lru"))
-    assert layers * experts - slots <= ours <= layers * experts - 0.6 * slots
+    assert layers * experts - slots <= ours <= layers * experts - 0.5 * slots
     assert others >= layers * experts - (layers if prompt else 0)
