@@ -108,7 +108,7 @@ def test_a_predictor_that_does_worse_than_its_file_says_is_named_in_the_metrics(
     assert calibration is not None
     promised = type(calibration)(calibration.temperatures, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
     save(StandIns(worse.method, worse.layers, promised), made, identity)
-    metrics = run(settings("drifted", predictor={"path": str(made)}))
+    metrics = run(settings("drifted", predictor={"path": str(made), "top_k": 1}))  # top-3 is hardly ever wrong with so few experts
     assert "the predictor has drifted" in metrics["prediction"]["drift"]
 
 
