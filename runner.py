@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,40 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from pipeline.errors import USER_ERRORS  # here, so that --help answers at once
+    from pipeline.stopping import stoppable
 
-    with _sigterm_interrupts() as terminated:
+    def command() -> int:
         try:
             options.command(options)
         except USER_ERRORS as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print(f"{'stopped by SIGTERM' if terminated else 'interrupted'}; {options.again}", file=sys.stderr)
-            return 143 if terminated else 130
-    return 0
+        return 0
 
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[list[int]]:
-    """SIGTERM, which Kubernetes, `ray job stop` and `timeout` send, ends what is under way as Ctrl-C does.
-
-    Yields what has come of it so far. A KeyboardInterrupt, since Ray makes one of whatever a handler raises while it waits.
-    """
-    received: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) == 1:  # `timeout` sends two, and what has begun to end is to end well
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield received
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return stoppable(command, options.again)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,6 +39,7 @@ from pipeline.machine import hardware
 from pipeline.prepare import Prepared, prepare
 from pipeline.reports.metrics import batch_metrics, versions
 from pipeline.reports.output import write_whole
+from pipeline.stopping import stoppable
 from predictor import traces
 from predictor.actor import Prediction, timed
 from predictor.baselines import Oracle
@@ -244,7 +245,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(stoppable(lambda: main(sys.argv[1:])))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

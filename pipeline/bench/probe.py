@@ -34,6 +34,7 @@ from pipeline.machine import hardware
 from pipeline.prepare import Prepared, prepare
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
+from pipeline.stopping import stoppable
 from store import cuda
 from store.actor import ExpertStore
 from store.arena import Arena
@@ -222,4 +223,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -35,6 +35,7 @@ from pipeline.prepare import choose_device, own_predictor, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
+from pipeline.stopping import stoppable
 from predictor.tokens import RoutingShape
 from store.actor import ExpertStore
 
@@ -187,4 +188,4 @@ def _counts(least: int) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -36,6 +36,7 @@ from pipeline.plan.trial import WARM_UP, Trial, scratch
 from pipeline.prepare import Prepared, prepare
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
+from pipeline.stopping import stoppable
 from predictor import traces
 from predictor.actor import timed
 from predictor.baselines import Oracle
@@ -170,4 +171,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -32,6 +32,7 @@ from pipeline.prepare import Prepared, own_predictor, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
+from pipeline.stopping import stoppable
 from pipeline.window import Window
 from predictor import traces
 from predictor.baselines import Oracle, Random
@@ -266,4 +267,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -20,6 +20,7 @@ from pipeline.on_cpu import OnCPU
 from pipeline.predicting.next_layer import NextLayer
 from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.prepare import prepare
+from pipeline.stopping import stoppable
 from predictor.hash_table import Width
 from predictor.registry import make
 from predictor.stepping import Foresight, TokenSource, source_of
@@ -131,4 +132,4 @@ def _judge(ids: np.ndarray, trace: Trace, heard: dict, sources: dict, recalls: d
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(stoppable(lambda: main(sys.argv[1:])))

@@ -19,6 +19,7 @@ from pipeline.errors import USER_ERRORS
 from pipeline.predicting.rehearsal import ArenaModel
 from pipeline.predicting.train import record
 from pipeline.prepare import made_stand_ins, prepare
+from pipeline.stopping import stoppable
 from predictor import traces
 from predictor.hash_table import HashTable
 from predictor.registry import make
@@ -110,4 +111,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(stoppable(lambda: main(sys.argv[1:])))
