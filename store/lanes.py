@@ -118,7 +118,13 @@ class CudaMark:
 
 
 class CudaLanes:
-    """Lanes on a GPU: two streams, and blocks in registered memory."""
+    """Lanes on a GPU: streams, and blocks in registered memory.
+
+    Copies take turns on `LANES` streams: what comes between two copies of one stream, events and the store, leaves the link idle for
+    a twentieth of a copy's time; the other stream's copy uses it meanwhile.
+    """
+
+    LANES = 2
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         layers = arena.layout.layers
@@ -127,23 +133,36 @@ class CudaLanes:
         self._nbytes = [layer.block.nbytes for layer in layers]
         self._slots = [slots.address(slot) for slot in range(slots.count)]
         self._table = table
-        self._copy_stream = torch.cuda.Stream(compute.device)  # kept: its handle dies with it
-        self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
-        self.clock = Clock(self._copy)
+        self._copy_streams = [torch.cuda.Stream(compute.device) for _ in range(self.LANES)]  # kept: a handle dies with its stream
+        self._compute, self._copy = compute.cuda_stream, [stream.cuda_stream for stream in self._copy_streams]
+        self._turn = 0
+        self._withdrawn: cuda.Event | None = None  # behind the last withdrawal
+        self._waits: list[cuda.Event | None] = [None] * self.LANES  # which of these each stream has been told to wait for
+        self.clock = Clock(self._copy[0])
         self._context, self._thread = cuda.context(), 0
 
     def fill(self, key: Key, slot: int) -> Mark:
         self._use_context()
         layer, expert = key
-        begun = cuda.Event(self._copy)
-        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
-        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
-        return CudaMark(begun, cuda.Event(self._copy), self.clock)
+        stream = self._copy_lane()
+        begun = cuda.Event(stream)
+        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], stream)
+        cuda.store(self._table.entry_address(key), self._slots[slot], stream)
+        return CudaMark(begun, cuda.Event(stream), self.clock)
 
     def withdraw(self, key: Key) -> None:
         self._use_context()
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
-        cuda.wait(self._copy, cuda.Event(self._compute))
+        self._withdrawn = cuda.Event(self._compute)
+
+    def _copy_lane(self) -> int:
+        """The stream whose turn it is; what it is given now waits for all that has been withdrawn by now."""
+        turn = self._turn = (self._turn + 1) % self.LANES
+        withdrawn = self._withdrawn
+        if withdrawn is not None and self._waits[turn] is not withdrawn:
+            cuda.wait(self._copy[turn], withdrawn)
+            self._waits[turn] = withdrawn
+        return self._copy[turn]
 
     def _use_context(self) -> None:
         """The copy thread is new to CUDA."""

@@ -149,7 +149,9 @@ class RingLanes:
 
 
 class CudaRingLanes(RingLanes, CudaLanes):
-    """Lanes on a GPU: two streams, and blocks in memory that CUDA knows nothing of."""
+    """Lanes on a GPU, and blocks in memory that CUDA knows nothing of. Chunks are sent in order, by one stream."""
+
+    LANES = 1
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         """
@@ -175,11 +177,11 @@ class CudaRingLanes(RingLanes, CudaLanes):
 
     def _send(self, entry: int, key: Key, slot: int, begin: int, end: int) -> cuda.Event:
         if self._host_slots is None:
-            cuda.copy_to_device(self._slots[slot] + begin, self._ring[entry].data_ptr(), end - begin, self._copy)
+            cuda.copy_to_device(self._slots[slot] + begin, self._ring[entry].data_ptr(), end - begin, self._copy_lane())
         return self._here()
 
     def _point_to(self, key: Key, slot: int) -> cuda.Event:
-        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
+        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy_lane())
         return self._here()
 
     def _time_of(self, point: cuda.Event) -> int:
@@ -187,7 +189,7 @@ class CudaRingLanes(RingLanes, CudaLanes):
 
     def _here(self) -> cuda.Event:
         """Behind all that the copy lane has been given."""
-        return cuda.Event(self._copy)
+        return cuda.Event(self._copy_lane())
 
     def _use_context(self) -> None:
         if self._thread != get_ident():
