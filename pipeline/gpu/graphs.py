@@ -19,7 +19,7 @@ import torch
 
 from pipeline.gpu.layers import CurrentForward, DeviceForward
 from pipeline.gpu.packed import Tables
-from pipeline.gpu.recording import RECORDING, closed
+from pipeline.gpu.recording import closed, undisturbed
 from pipeline.inputs import Inputs
 from predictor.traces import LayerTrace
 
@@ -71,11 +71,12 @@ class GraphedForward:
         """
         Args:
             inputs, tables: on the device, where they stay; whoever runs the graphs has filled them.
-            pool: torch.cuda.graph_pool_handle(), of all graphs.
+            pool: torch.cuda.graph_pool_handle(), of all graphs; may be changed for those to come.
             stream: to record on; nobody else uses it.
         """
         self.inputs, self.tables = inputs, tables
-        self._forward, self._current, self._pool, self._stream = forward, current, pool, stream
+        self._forward, self._current, self._stream = forward, current, stream
+        self.pool = pool
         self.whole: Recorded | None = None
         self.pieces: Recorded | None = None
 
@@ -100,7 +101,7 @@ class GraphedForward:
 
         def begin() -> None:
             graphs.append(torch.cuda.CUDAGraph())
-            graphs[-1].capture_begin(self._pool, capture_error_mode="thread_local")
+            graphs[-1].capture_begin(self.pool, capture_error_mode="thread_local")
 
         def routed(layer: int, tokens: torch.Tensor) -> None:
             if layer != len(counts):
@@ -116,7 +117,7 @@ class GraphedForward:
 
         masks = [self.inputs[name] for name in MASKS if name in self.inputs]
         now = self._current.forward = DeviceForward(masks, self.tables, routed, boundary, lambda layer, in_part: None)
-        with RECORDING, torch.cuda.stream(self._stream):
+        with undisturbed(), torch.cuda.stream(self._stream):
             torch.cuda.synchronize()
             begin()
             with closed(graphs):

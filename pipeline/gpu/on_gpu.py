@@ -11,7 +11,7 @@ before it is used: the routers' choice is read back, layer by layer, and what is
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -45,6 +45,9 @@ from store.staged_copies import StagedCopyEngine
 
 ASKED = "pieces: routers asked"
 """How a batch ran whose table was not heeded (store/doubt.py)."""
+
+TRIES = 2
+"""Recordings of a shape that may fail: what broke one may have been no fault of the model's."""
 
 SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
@@ -109,6 +112,7 @@ class OnGPU:
             self.engine = staged(arena, slots, policy, self.lanes, on_device, may_doubt)
         self._graphs: dict[Packing, tuple[GraphedForward, torch.Tensor] | None] = {}
         """By shape, the graphs and the memory that they read; None: there can be none."""
+        self._failed: Counter[Packing] = Counter()
         self._pool = torch.cuda.graph_pool_handle()
         self._recording = torch.cuda.Stream(device)
         self._context = cuda.context()
@@ -194,8 +198,12 @@ class OnGPU:
             if graphed.record(whole=not self.asks or complete, pieces=not complete):
                 self.look_at_memory()
         except RuntimeError as error:
-            self._graphs[shape] = None
+            self._failed[shape] += 1
+            if self._failed[shape] == TRIES:
+                self._graphs[shape] = None
             self._pool = torch.cuda.graph_pool_handle()  # torch may take the old one for one that is still recorded to
+            for waiting in filter(None, self._graphs.values()):
+                waiting[0].pool = self._pool
             return self._eager(batch, host, None, f"not recordable: {str(error).splitlines()[0]}")
         stream = self.stream.cuda_stream
         cuda.copy_to_device(memory.data_ptr(), host.memory.data_ptr(), shape.nbytes, stream)

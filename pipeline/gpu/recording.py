@@ -1,14 +1,32 @@
-"""What all who record CUDA graphs in one process share: one records at a time, and none leaves a recording open."""
+"""What all who record CUDA graphs in one process share: one records at a time, undisturbed, and none leaves a recording open."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Iterator
 
 import torch
 
-RECORDING = threading.Lock()
+_RECORDING = threading.Lock()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Nobody else records meanwhile, and Python's garbage collector rests.
+
+    It runs whenever it likes, in whichever thread, and what it finds may hold memory or graphs of CUDA's. To give those back from
+    the thread that records breaks the recording, at whatever call comes next.
+    """
+    with _RECORDING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.data import pad
-from pipeline.gpu.recording import RECORDING, closed
+from pipeline.gpu.recording import closed, undisturbed
 from pipeline.routing import Routing
 from predictor.tokens import TokenBatch
 
@@ -107,7 +107,7 @@ class NamedExperts:
         """None: this model asks the GPU something while it runs."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with RECORDING:
+            with undisturbed():
                 torch.cuda.current_stream(self._device).synchronize()
                 pool = (
                     torch.cuda.graph_pool_handle()

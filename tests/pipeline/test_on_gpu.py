@@ -284,7 +284,7 @@ def assert_counted(result: BatchResult, trace: Trace, experts: tuple[int, ...]) 
 
 
 def never_fit(table: Prediction, slots: int) -> bool:
-    """Whether a batch's table wants more experts than there are slots."""
+    """Whether a batch's table names more experts than there are slots; all are wanted as long as tables come true."""
     return sum(p >= WORTH_COPYING for layer in table.table.uses for _, p in layer) > slots
 
 
@@ -322,9 +322,10 @@ def assert_exact(case: Case, percent: int, policy: str, kind: str | None, paths:
     else:
         assert third == ["whole"] * count and fourth == ["pieces"] * count
         for path, table in zip(second, tables, strict=True):
-            assert path == "pieces" if never_fit(table, slots) else path in ("pieces", "whole")
+            assert path == "pieces" if kind == "oracle" and never_fit(table, slots) else path in ("pieces", "whole")
         if kind == "random":
             assert any(never_fit(table, slots) for table in tables), "or the way in pieces is only taken by force"
+            assert "pieces" in second, "they were believed, to begin with"
     assert len(paths) == 4 * count
 
 
@@ -544,6 +545,37 @@ def test_experts_are_evicted_while_layers_compute_and_every_batch_is_exact(case,
     assert set(paths) == ({"eager", "whole", "pieces"} if graphs else {"eager"})
 
 
+def test_a_recording_that_breaks_is_tried_again_and_breaks_no_other(case):
+    case = case("text")
+    tables = case.tables("oracle")
+    with case.executor(case.experts) as executor:
+        complete(executor)
+
+        def turn(number: int) -> list[str]:
+            count, hows = len(case.batches), []
+            for i, batch in enumerate(case.batches):
+                result = executor.execute(replace(batch, index=number * count + i), tables[i])
+                assert_equal_results(result.results, case.expected[i])
+                hows.append(result.stats.how)
+            return hows
+
+        count = len(case.batches)
+        assert turn(0) == ["eager: first of its shape"] * count
+        graphed, _ = next(iter(executor._device._graphs.values()))
+        forward = graphed._forward
+
+        def asks(inputs):
+            torch.cuda.synchronize()  # CUDA breaks the recording off
+            return forward(inputs)
+
+        graphed._forward = asks
+        first, *others = turn(1)
+        assert first.startswith("eager: not recordable: ") and others == ["whole"] * (count - 1)
+        graphed._forward = forward
+        assert turn(2) == ["whole"] * count
+        assert gc.isenabled()
+
+
 def serve(case: Case, executor: Executor, tables: list[Prediction] | None, count: int) -> list[BatchResult]:
     """All batches, again and again; every answer is right."""
     results = []
@@ -565,7 +597,9 @@ def moves(results: list[BatchResult], slot_bytes: int) -> int:
 
 @pytest.mark.parametrize("kind", ["random", "wrong"])
 def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
-    """Then routers are asked, and no more moves than with a cache on demand."""
+    """Nor do they cost more moves than a cache on demand. Where that takes asking routers, they are asked: tables that guess are
+    hardly believed after a while, so that little of what they say is copied.
+    """
     case, percent, count = case("large"), 50, 120
     slot_bytes = case.prepared.layout.slot_bytes
     shape, traces = case.prepared.model.shape, case.traces
@@ -583,7 +617,8 @@ def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
     moved, needed = moves(ours[tail:], slot_bytes), moves(none[tail:], slot_bytes)
     print(f"{kind}: {sum(asked)} of {count} batches asked, moves {moved / needed:.3f} times those on demand")
     assert moved <= 1.05 * needed
-    assert not any(asked[:3]) and all(asked[tail:])
+    assert not any(asked[:3])
+    assert kind == "random" or all(asked[tail:])
 
 
 def test_right_tables_are_never_doubted(case):
