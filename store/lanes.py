@@ -1,18 +1,25 @@
-"""Where the work of a device is put in order: a compute lane that reads experts, and a copy lane that brings them.
+"""Where the work of a device is put in order: a compute lane that reads experts, and copy lanes that bring them.
 
-A lane does what it is given in the order in which it was given, and does not care for the other unless it is told to wait for it.
+A lane does what it is given in the order in which it was given, and does not care for others unless it is told to wait for them.
 The order of events that keeps a reader right is made of two operations:
 
-`fill`      on the copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
+`fill`      on a copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
             address into the expert's entry of the pointer table. Until then a kernel that reads the entry finds the host's address.
 `withdraw`  on the compute lane: the host's address back into the entry. Kernels before it may still read the slot, kernels after
-            it cannot. The copy lane waits for this point before anything that is given to it later, so neither a copy into the
-            slot nor a new `fill` of that expert can come too early.
+            it cannot. Whichever copy lane a later `fill` is given to waits for this point first.
 
 A layer's kernels read each entry once, into scratch, and all of them use what was read.
 
-Evicting an expert whose `fill` has not ended would be wrong: its late store would point to a slot that belongs to another by then.
-The engine (device_copies.py) only evicts those whose mark it has seen reached.
+The engine (device_copies.py) only evicts an expert whose mark it has seen reached: a late store would point to a slot that belongs
+to another by then. Copy lanes need not wait for each other, since all that touches one slot, or one entry, is in order:
+
+* Between two fills of a slot, or of an expert, the host saw the first one's mark reached, and then withdrew its expert. The second,
+  on whichever lane, waits for that: so it is behind the first one's copy and store, behind the kernels that read the slot, and
+  behind the store of the host's address.
+* There is one compute lane: who waits for the last withdrawal has waited for all. So a lane is told when its turn comes, once.
+  What it was given before a withdrawal needs no wait: it is for slots and experts that this one is not about.
+
+The first of two fills may end last. An expert is then in its slot, and pointed to, before the engine knows, which harms nobody.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from store.slots import Slots
 
 
 class Mark(Protocol):
-    """A point of the copy lane."""
+    """A point of a copy lane: behind a `fill`."""
 
     def wait(self) -> None:
         """Blocks this thread, and no other, until the point is reached."""
@@ -43,11 +50,13 @@ class Mark(Protocol):
 
 
 class Lanes(Protocol):
-    """What the engine asks of a device; see above."""
+    """What the engine asks of a device; see above. One call at a time."""
 
-    def fill(self, key: Key, slot: int) -> Mark: ...
+    def fill(self, key: Key, slot: int) -> Mark:
+        """Marks may be reached in another order than that of their fills."""
 
-    def withdraw(self, key: Key) -> None: ...
+    def withdraw(self, key: Key) -> None:
+        """Its mark has been seen reached."""
 
 
 class PointerTable:
@@ -118,13 +127,11 @@ class CudaMark:
 
 
 class CudaLanes:
-    """Lanes on a GPU: streams, and blocks in registered memory.
-
-    Copies take turns on `LANES` streams: what comes between two copies of one stream, events and the store, leaves the link idle for
-    a twentieth of a copy's time; the other stream's copy uses it meanwhile.
-    """
+    """Lanes on a GPU: streams, and blocks in registered memory."""
 
     LANES = 2
+    """Copies take turns: events and the store, which stand between two copies of one stream, leave the link idle for a twentieth of
+    a copy's time; the other stream's copy uses it meanwhile."""
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         layers = arena.layout.layers
@@ -137,7 +144,7 @@ class CudaLanes:
         self._compute, self._copy = compute.cuda_stream, [stream.cuda_stream for stream in self._copy_streams]
         self._turn = 0
         self._withdrawn: cuda.Event | None = None  # behind the last withdrawal
-        self._waits: list[cuda.Event | None] = [None] * self.LANES  # which of these each stream has been told to wait for
+        self._waits: list[cuda.Event | None] = [None] * self.LANES  # the one that each stream has been told to wait for
         self.clock = Clock(self._copy[0])
         self._context, self._thread = cuda.context(), 0
 
@@ -156,7 +163,10 @@ class CudaLanes:
         self._withdrawn = cuda.Event(self._compute)
 
     def _copy_lane(self) -> int:
-        """The stream whose turn it is; what it is given now waits for all that has been withdrawn by now."""
+        """The stream whose turn it is; what it is given from now on waits for all that has been withdrawn by now.
+
+        Events are compared as objects, and those that are compared are kept: a handle may be another event's by now.
+        """
         turn = self._turn = (self._turn + 1) % self.LANES
         withdrawn = self._withdrawn
         if withdrawn is not None and self._waits[turn] is not withdrawn:

@@ -1,4 +1,4 @@
-"""A device without a device: two lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
+"""A device without a device: its lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
 
 A layer runs in any number of parts, each of which computes those experts that it finds in slots and no part before it has
 computed; the last computes all that are left (pipeline/gpu/grouping.py).
@@ -60,17 +60,17 @@ _CONTAINERS = {list, dict, set, deque, Counter, defaultdict}
 
 
 class SimulatedMark:
-    """A point of the copy lane: after so many operations."""
+    """A point of a copy lane: after so many operations."""
 
-    def __init__(self, lanes: SimulatedLanes, point: int):
-        self.lanes, self.point = lanes, point
+    def __init__(self, lanes: SimulatedLanes, lane: str, point: int):
+        self.lanes, self.lane, self.point = lanes, lane, point
 
     def on(self, lanes: SimulatedLanes) -> SimulatedMark:
         """The same point of a twin's."""
-        return SimulatedMark(lanes, self.point)
+        return SimulatedMark(lanes, self.lane, self.point)
 
     def is_reached(self) -> bool:
-        return self.lanes.has_reached("copy", self.point)
+        return self.lanes.has_reached(self.lane, self.point)
 
     def wait(self) -> None:
         assert self.is_reached(), "waits for a mark, and nobody steps"
@@ -83,6 +83,7 @@ class SimulatedLanes:
     """Implements store.lanes.Lanes, and takes the kernels of forwards.
 
     Attributes:
+        COPY: the copy lanes.
         memory: per slot what it holds.
         entries: the pointer table, of those whose entry points to a slot: expert -> slot.
         queues: what the lanes have still to do.
@@ -91,13 +92,17 @@ class SimulatedLanes:
         used, found: of every layer that was given or has begun to run, the experts it uses, and those it reads from slots.
     """
 
+    COPY: tuple[str, ...] = ("copy", "copy too")
     mark = SimulatedMark
 
     def __init__(self, slots: int):
         self.memory: list[Key | None] = [RUBBISH] * slots
         self.entries: dict[Key, int] = {}
-        self.queues: dict[str, deque[tuple]] = {"compute": deque(), "copy": deque()}
+        self.queues: dict[str, deque[tuple]] = {lane: deque() for lane in ("compute", *self.COPY)}
         self.done = Counter(dict.fromkeys(self.queues, 0))
+        self._turn = 0
+        self._withdrawn = 0  # the compute lane's point behind the last withdrawal
+        self._waits = [0] * len(self.COPY)  # which of these each copy lane has been told to wait for
         self.filled = 0
         self.used: dict[Layer, tuple[Key, ...]] = {}
         self.found: dict[Layer, frozenset[Key]] = {}
@@ -107,10 +112,21 @@ class SimulatedLanes:
         self._read: dict[Layer, Places] = {}  # by the first matmul
 
     def state(self) -> tuple:
-        """All that what follows depends on, and `found`."""
+        """All that what follows depends on, and `found`. Copy lanes are alike: whose turn it was comes first. A wait for what has
+        been reached is none.
+        """
         computed = self.done["compute"]
+        withdrawn = max(0, self._withdrawn - computed)
         copying = tuple(
-            ("wait", max(0, operation[1] - computed)) if operation[0] == "wait" else operation for operation in self.queues["copy"]
+            (
+                tuple(
+                    ("wait", operation[1] - computed) if operation[0] == "wait" else operation
+                    for operation in self.queues[self.COPY[turn]]
+                    if operation[0] != "wait" or operation[1] > computed
+                ),
+                withdrawn if withdrawn and self._waits[turn] != self._withdrawn else 0,
+            )
+            for turn in range(self._turn - len(self.COPY), self._turn)
         )
         running = (self.found, self._served, self._computed, self._snapshots, self._read)
         return (
@@ -121,12 +137,25 @@ class SimulatedLanes:
     # What is given to the lanes.
 
     def fill(self, key: Key, slot: int) -> SimulatedMark:
-        self.queues["copy"] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
-        return self.mark(self, self.point("copy"))
+        lane = self._copy_lane()
+        self.queues[lane] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
+        return self.mark(self, lane, self.point(lane))
 
     def withdraw(self, key: Key) -> None:
         self.queues["compute"].append(("withdraw", key))
-        self.queues["copy"].append(("wait", self.point("compute")))
+        self._withdrawn = self.point("compute")
+
+    def _copy_lane(self) -> str:
+        """Whose turn it is; it has been told to wait for all that has been withdrawn by now."""
+        turn = self._turn = (self._turn + 1) % len(self.COPY)
+        if self._has_to_be_told(turn):
+            self.queues[self.COPY[turn]].append(("wait", self._withdrawn))
+            self._waits[turn] = self._withdrawn
+            self._end_waits()
+        return self.COPY[turn]
+
+    def _has_to_be_told(self, turn: int) -> bool:
+        return self._waits[turn] != self._withdrawn
 
     def point(self, lane: str) -> int:
         """Where a lane is when it has done all that it was given."""
@@ -166,11 +195,15 @@ class SimulatedLanes:
         what, *details = self.queues[lane].popleft()
         self.done[lane] += 1
         getattr(self, f"_do_{what}")(*details)
-        copying = self.queues["copy"]
-        while copying and copying[0][0] == "wait" and self.can_step("copy"):
-            copying.popleft()
-            self.done["copy"] += 1
+        self._end_waits()
         self.check()
+
+    def _end_waits(self) -> None:
+        for lane in self.COPY:
+            queue = self.queues[lane]
+            while queue and queue[0][0] == "wait" and self.can_step(lane):
+                queue.popleft()
+                self.done[lane] += 1
 
     def check(self) -> None:
         for key, slot in self.entries.items():
@@ -187,9 +220,6 @@ class SimulatedLanes:
 
     def _do_mark(self) -> None:
         self.filled += 1
-
-    def _do_wait(self, point: int) -> None:
-        pass
 
     def _do_withdraw(self, key: Key) -> None:
         self.entries.pop(key, None)
