@@ -29,6 +29,7 @@ from store.eviction import Policy
 from store.judged import JudgedSchedule
 from store.lanes import Lanes, Mark
 from store.layout import Key
+from store.movement import Movement
 from store.slots import Slots
 
 DEPTH = 8
@@ -42,8 +43,8 @@ PART = 8
 class DeviceCopyEngine(JudgedSchedule):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
 
-    _may_begin_anywhere = True
-    """To begin a copy is but a word to the device."""
+    _words_suffice = True
+    """A copy is but a word to the device: any thread may begin one, and the compute lane waits for it without the host."""
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, may_doubt: bool = False):
         """
@@ -63,6 +64,8 @@ class DeviceCopyEngine(JudgedSchedule):
         self._behind: list[tuple[int, list[Key]]] = []  # positions, and experts that they no longer want: see `_catch_up`
         self._spoken: dict[int, int] = {}  # position -> experts that its router has named, until the policy has been told
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
+        self._asked = -1  # the position whose router has spoken last
+        self._followed: list[Mark] = []  # where the compute lane waits for copies by itself, as far as it has not been reckoned
         self._failure: BaseException | None = None
         self._closed = False
         self.is_complete = False
@@ -97,6 +100,10 @@ class DeviceCopyEngine(JudgedSchedule):
     def stage(self, batch: int, layer: int) -> bool:
         """Waits until the experts that are wanted for a layer are in slots, or cannot come before others have been read.
 
+        Behind `demand` it is enough that all are on their way. The compute lane waits for them: when the last has come, the layer
+        begins without a word from the host, which has but the next router to wait for. A layer that tables held is not left to the
+        compute lane: it would count as read from then on, and its experts would be the first to go, with the link waiting for them.
+
         Returns: whether those that are there should be read first, for others to come in their place. Then `read` must follow, and
             `stage` once more; else `passed`. `finish`, where the forward fails.
 
@@ -117,6 +124,9 @@ class DeviceCopyEngine(JudgedSchedule):
             self._movement.stall_ns += time.perf_counter_ns() - start
             if self._failure:
                 raise RuntimeError("copying experts failed") from self._failure
+            if self._may_follow():
+                self._followed.append(self._lanes.follow([mark for key, mark in self._under_way if key in self._awaited]))
+                self._awaited.clear()
             in_parts = bool(self._awaited and self._unread)
             self._awaited.clear()
             self._enqueuing = True
@@ -156,13 +166,14 @@ class DeviceCopyEngine(JudgedSchedule):
         """Wants experts for a layer that is about to run, before all else: its router has named them. `stage` must follow."""
         position = batch * self._layers + layer
         with self._changed:
+            self._asked = position
             self._planned.add(batch)  # a plan would come too late; and `finish` takes back what a forward that fails leaves
             keys = [(layer, expert) for expert in experts]
             self._spoken[position] = len(keys)
             self._want_instead(position, keys)
             self._demanded.update((key, position) for key in keys if key not in self.slots)
             try:
-                while self._may_begin_anywhere and self._begin():  # the copy thread would come late, and the link is idle
+                while self._words_suffice and self._begin():  # the copy thread would come late, and the link is idle
                     pass
             except BaseException as error:
                 self._fail(error)
@@ -190,6 +201,13 @@ class DeviceCopyEngine(JudgedSchedule):
             self._movement.misses[layer] += len(missed)
             self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
 
+    def take(self) -> Movement:
+        with self._changed:
+            reached = [mark for mark in self._followed if mark.is_reached()]
+            self._followed = self._followed[len(reached) :]  # they are reached in order
+            self._movement.stall_ns += sum(end - begin for begin, end in (mark.span() for mark in reached))
+            return super().take()
+
     def close(self) -> None:
         """Stops the copy thread; what is under way ends first."""
         with self._changed:
@@ -200,9 +218,16 @@ class DeviceCopyEngine(JudgedSchedule):
 
     def _is_held(self) -> bool:
         """Whether the layer that is staged has to wait."""
+        if self._may_follow():
+            return False
         if len(self._unread) >= self._part and not all(key in self.slots for key in self._awaited):
             return False
         return self._is_coming()
+
+    def _may_follow(self) -> bool:
+        """Whether those awaited may be left to the compute lane: all of them are on their way."""
+        named = self._words_suffice and self._staged == self._asked
+        return named and bool(self._awaited) and all(key in self.slots for key in self._awaited)
 
     def _is_coming(self) -> bool:
         """Whether to wait for those awaited: some are under way, or may still be."""
@@ -272,6 +297,8 @@ class DeviceCopyEngine(JudgedSchedule):
             return False
         key = copy[0]
         self._under_way.append((key, self._lanes.fill(key, self.slots.slot_of(key))))
+        if key in self._awaited and self._may_follow():
+            self._changed.notify_all()
         return True
 
     def _land(self) -> None:

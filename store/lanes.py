@@ -1,12 +1,13 @@
 """Where the work of a device is put in order: a compute lane that reads experts, and copy lanes that bring them.
 
 A lane does what it is given in the order in which it was given, and does not care for others unless it is told to wait for them.
-The order of events that keeps a reader right is made of two operations:
+The order of events that keeps a reader right is made of three operations:
 
 `fill`      on a copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
             address into the expert's entry of the pointer table. Until then a kernel that reads the entry finds the host's address.
 `withdraw`  on the compute lane: the host's address back into the entry. Kernels before it may still read the slot, kernels after
             it cannot. Whichever copy lane a later `fill` is given to waits for this point first.
+`follow`    on the compute lane: what it is given from now on waits for the ends of some fills, and the host does not.
 
 A layer's kernels read each entry once, into scratch, and all of them use what was read.
 
@@ -20,11 +21,14 @@ to another by then. Copy lanes need not wait for each other, since all that touc
   What it was given before a withdrawal needs no wait: it is for slots and experts that this one is not about.
 
 The first of two fills may end last. An expert is then in its slot, and pointed to, before the engine knows, which harms nobody.
+Nor do lanes wait for each other in a circle: who follows waits for fills that were given before, and those for withdrawals that
+were given before them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Protocol
@@ -38,7 +42,7 @@ from store.slots import Slots
 
 
 class Mark(Protocol):
-    """A point of a copy lane: behind a `fill`."""
+    """A point of a lane."""
 
     def wait(self) -> None:
         """Blocks this thread, and no other, until the point is reached."""
@@ -46,7 +50,7 @@ class Mark(Protocol):
     def is_reached(self) -> bool: ...
 
     def span(self) -> tuple[int, int]:
-        """When the `fill` that ends here was done, time.time_ns(); for a mark that has been reached."""
+        """When the `fill`, or the wait, that ends here was done, time.time_ns(); for a mark that has been reached."""
 
 
 class Lanes(Protocol):
@@ -57,6 +61,9 @@ class Lanes(Protocol):
 
     def withdraw(self, key: Key) -> None:
         """Its mark has been seen reached."""
+
+    def follow(self, fills: Sequence[Mark]) -> Mark:
+        """Returns the point behind the wait; its span is from the one before it."""
 
 
 class PointerTable:
@@ -110,7 +117,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class CudaMark:
-    """A `fill` under way."""
+    """A `fill` under way, or the compute lane's wait for some."""
 
     begun: cuda.Event
     ended: cuda.Event
@@ -161,6 +168,14 @@ class CudaLanes:
         self._use_context()
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
         self._withdrawn = cuda.Event(self._compute)
+
+    def follow(self, fills: Sequence[Mark]) -> Mark:
+        self._use_context()
+        begun = cuda.Event(self._compute)
+        for mark in fills:
+            assert isinstance(mark, CudaMark)
+            cuda.wait(self._compute, mark.ended)
+        return CudaMark(begun, cuda.Event(self._compute), self.clock)
 
     def _copy_lane(self) -> int:
         """The stream whose turn it is; what it is given from now on waits for all that has been withdrawn by now.

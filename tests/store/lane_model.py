@@ -60,7 +60,7 @@ _CONTAINERS = {list, dict, set, deque, Counter, defaultdict}
 
 
 class SimulatedMark:
-    """A point of a copy lane: after so many operations."""
+    """A point of a lane: after so many operations."""
 
     def __init__(self, lanes: SimulatedLanes, lane: str, point: int):
         self.lanes, self.lane, self.point = lanes, lane, point
@@ -130,9 +130,21 @@ class SimulatedLanes:
         )
         running = (self.found, self._served, self._computed, self._snapshots, self._read)
         return (
-            *(tuple(self.memory), frozenset(self.entries.items()), tuple(self.queues["compute"]), copying),
+            *(
+                tuple(self.memory),
+                frozenset(self.entries.items()),
+                tuple(map(self._seen_from_now, self.queues["compute"])),
+                copying,
+            ),
             *(frozenset(layers.items()) for layers in running),
         )
+
+    def _seen_from_now(self, operation: tuple) -> tuple:
+        if operation[0] != "follow":
+            return operation
+        _, lane, point = operation
+        ahead = point - self.done[lane]
+        return ("follow", (self.COPY.index(lane) - self._turn) % len(self.COPY), ahead) if ahead > 0 else ("follow",)
 
     # What is given to the lanes.
 
@@ -144,6 +156,11 @@ class SimulatedLanes:
     def withdraw(self, key: Key) -> None:
         self.queues["compute"].append(("withdraw", key))
         self._withdrawn = self.point("compute")
+
+    def follow(self, fills: Sequence[SimulatedMark]) -> SimulatedMark:  # type: ignore[override]
+        self.queues["compute"] += [("follow", mark.lane, mark.point) for mark in fills]
+        self._end_waits()
+        return self.mark(self, "compute", self.point("compute"))
 
     def _copy_lane(self) -> str:
         """Whose turn it is; it has been told to wait for all that has been withdrawn by now."""
@@ -188,7 +205,10 @@ class SimulatedLanes:
 
     def can_step(self, lane: str) -> bool:
         queue = self.queues[lane]
-        return bool(queue) and (queue[0][0] != "wait" or self.has_reached("compute", queue[0][1]))
+        if queue and queue[0][0] in ("wait", "follow"):
+            _, *awaited, point = queue[0]
+            return self.has_reached(awaited[0] if awaited else "compute", point)
+        return bool(queue)
 
     def step(self, lane: str) -> None:
         """The next operation of a lane, and all waits that end with it: whether they are steps of their own makes no difference."""
@@ -199,9 +219,8 @@ class SimulatedLanes:
         self.check()
 
     def _end_waits(self) -> None:
-        for lane in self.COPY:
-            queue = self.queues[lane]
-            while queue and queue[0][0] == "wait" and self.can_step(lane):
+        for lane, queue in self.queues.items():
+            while queue and queue[0][0] in ("wait", "follow") and self.can_step(lane):
                 queue.popleft()
                 self.done[lane] += 1
 
@@ -330,6 +349,12 @@ class LiveLanes(SimulatedLanes):
         with self.changed:
             super().withdraw(key)
             self.changed.notify_all()
+
+    def follow(self, fills: Sequence[SimulatedMark]) -> SimulatedMark:  # type: ignore[override]
+        with self.changed:
+            mark = super().follow(fills)
+            self.changed.notify_all()
+        return mark
 
     def snapshot(self, layer: Layer, experts: Collection[int], expected: Collection[Key] = (), last: bool = True) -> None:
         with self.changed:

@@ -562,7 +562,7 @@ def test_what_a_router_names_comes_before_all_else_and_is_a_demand_copy(make):
     engine.demand(0, 0, [A, B, C])
     engine._lanes.let((0, A))
     stage(engine, 0, 0)
-    assert resident(engine, (0, A), (0, B), (0, C)) == [True] * 3
+    until(lambda: resident(engine, (0, A), (0, B), (0, C)) == [True] * 3)
     moved = engine.take()
     assert (moved.prefetch_bytes, moved.demand_bytes) == (BLOCK, 2 * BLOCK)  # A was on its way
     engine.passed(0, 0)
@@ -581,8 +581,26 @@ def test_what_a_table_foretold_too_late_is_a_demand_copy_all_the_same(make, prob
         engine.demand(1, 0, [B, C])
     engine._lanes.let((1, A))
     stage(engine, 1, 0)
+    until(lambda: resident(engine, (1, A), (0, B), (0, C)) == [True] * 3)
     moved = engine.take()
     assert (moved.prefetch_bytes, moved.demand_bytes) == (BLOCK, 2 * BLOCK)
+
+
+def test_behind_a_demand_the_compute_lane_waits_for_copies_and_the_host_does_not(make):
+    engine = make(3, held=[(0, B)])
+    lanes = engine._lanes
+    engine.demand(0, 0, [A, B])
+    stage(engine, 0, 0)
+    assert not engine.slots.is_ready((0, B))
+    lanes.snapshot((0, 0), [A, B], [(0, A), (0, B)])
+    lanes.first((0, 0))
+    lanes.second((0, 0))
+    engine.passed(0, 0)
+    time.sleep(0.02)
+    assert not lanes.has_run((0, 0))
+    lanes.let((0, B))
+    lanes.synchronize()
+    assert lanes.has_run((0, 0))
 
 
 def test_a_copy_that_cannot_begin_is_told_to_whoever_comes_later(make, monkeypatch):

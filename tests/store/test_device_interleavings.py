@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -131,6 +132,7 @@ NO_STATE = {
     "_arena",
     "_thread",
     "_failure",
+    "_followed",
     "_wants",
     "_idle",
     "_room",
@@ -179,6 +181,8 @@ class World:
         self.planned: set[int] = set()
         self.finished = -1
         self.staged: tuple[Key, ...] = ()  # what was there, and wanted, when `stage` let the executor go
+        self.asked = -1  # the position whose router has spoken last
+        self.followed: tuple[Key, ...] = ()  # for whom the compute lane waits before the layer that is staged
         self.held_for: tuple[set[Key], list[Key]] = (set(), [])  # awaited and unread, as the copy thread left them
         self.parts = 0  # that were read
         self.counted: list[tuple[int, int]] = []  # layers, as the lanes name them
@@ -221,6 +225,7 @@ class World:
                     self.landing,
                     self.asleep,
                     self.staged,
+                    self.followed,
                     tuple(sorted(self.future)),
                 ),
                 *(frozenset(slots._slot_of.items()), tuple(slots._free), frozenset(slots._ready)),
@@ -338,6 +343,7 @@ class World:
 
     def _do_demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         self.engine.demand(batch, layer, experts)
+        self.asked = self.position(batch, layer)
         self.planned.add(batch)
         self._forget(batch, layer)
         self._want(batch, layer, experts)
@@ -347,6 +353,10 @@ class World:
         in_parts = self.engine.stage(batch, layer)
         position = self.position(batch, layer)
         there, missing = self.wanted_at(position)
+        if self.may_follow(position, missing):
+            self.followed, missing, there = missing, (), there + missing
+        else:
+            self.followed = ()
         assert not in_parts or there, "a part of nothing"
         assert not in_parts or missing, "a part though nobody else is to come"
         assert in_parts or not (there and missing), "no part though others could come in the place of those that are there"
@@ -402,7 +412,8 @@ class World:
         self.future = [(at, key) for at, key in self.future if at // len(self.case.layers) > batch]
 
     def ready(self, layer: int, experts: Sequence[int]) -> list[Key]:
-        return [(layer, expert) for expert in experts if self.slots.is_ready((layer, expert))]
+        keys = [(layer, expert) for expert in experts]
+        return [key for key in keys if self.slots.is_ready(key) or key in self.followed]
 
     def position(self, batch: int, layer: int) -> int:
         return batch * len(self.case.layers) + layer
@@ -424,6 +435,11 @@ class World:
         """Whether so many are there that those that have not even a slot are not waited for."""
         return len(there) >= self.engine._part and any(key not in self.slots for key in missing)
 
+    def may_follow(self, position: int, missing: Sequence[Key]) -> bool:
+        """Whether the compute lane waits for those, and not the executor: a router has named them, and all are on their way."""
+        named = self.engine._words_suffice and self.asked == position
+        return named and bool(missing) and all(key in self.slots for key in missing)
+
     # What must hold.
 
     def check_held(self) -> None:
@@ -431,6 +447,7 @@ class World:
         _, batch, layer = self.case.executor[self.at]
         there, missing = self.wanted_at(self.position(batch, layer))
         assert missing, "held though all are there"
+        assert not self.may_follow(self.position(batch, layer), missing), "held though all are on their way"
         assert not self.is_part(there, missing), "held though enough are there to be read"
 
     def can_come(self, position: int) -> bool:
@@ -1032,6 +1049,20 @@ class MarksTooEarly(SimulatedLanes):
         return lane != "compute" or super().has_reached(lane, point)
 
 
+class FollowsNobody(SimulatedLanes):
+    """The compute lane goes on at once."""
+
+    def follow(self, fills: Sequence[SimulatedMark]) -> SimulatedMark:
+        return super().follow([])
+
+
+class FollowsTheFirst(SimulatedLanes):
+    """And not those behind it, one of them on the other lane."""
+
+    def follow(self, fills: Sequence[SimulatedMark]) -> SimulatedMark:
+        return super().follow(fills[:1])
+
+
 class ComputesAgain(SimulatedLanes):
     """Each part takes all that are in slots, and the last all, whatever those before it took."""
 
@@ -1114,6 +1145,24 @@ class HoldsNobody(DeviceCopyEngine):
         return False
 
 
+class FollowsWhoHasNoSlot(DeviceCopyEngine):
+    """It is enough that one of them is on its way."""
+
+    def _may_follow(self) -> bool:
+        return self._staged == self._asked and any(key in self.slots for key in self._awaited)
+
+
+class TellsNobodyThatItBegan(DeviceCopyEngine):
+    """So that the executor waits until a copy has ended."""
+
+    def _begin(self) -> bool:
+        changed, self._changed = self._changed, MagicMock()
+        try:
+            return super()._begin()
+        finally:
+            self._changed = changed
+
+
 class NeverSaysThatItRests(DeviceCopyEngine):
     _at_rest = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
 
@@ -1134,6 +1183,7 @@ class ForgetsThatItBegan(DeviceCopyEngine):
         self._planned = planned
 
 
+NAMED = "the router names experts that a slot is there for"
 HANDS, PART, PARTS, KERNELS, NONE = (
     "one slot changes hands again and again",
     "a part reads one whom nobody wants, kernel by kernel",
@@ -1166,6 +1216,10 @@ FAULTS = [
     (NeverSaysThatItRests, SimulatedLanes, NONE),
     (TellsNobody, SimulatedLanes, HANDS),
     (ForgetsThatItBegan, SimulatedLanes, NONE),
+    (DeviceCopyEngine, FollowsNobody, NAMED),
+    (DeviceCopyEngine, FollowsTheFirst, NAMED),
+    (FollowsWhoHasNoSlot, SimulatedLanes, NAMED),
+    (TellsNobodyThatItBegan, SimulatedLanes, NAMED),
 ]
 
 
