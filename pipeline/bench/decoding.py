@@ -57,7 +57,7 @@ def bench_decoding(config: Config) -> dict[str, Any]:
         raise ConfigError(f"task: bench writes with decoders, whose texts go on; {prepared.model.source} is an encoder-decoder")
     if config.predictor.path is not None:
         check_predictor(prepared)
-    texts = _texts(config, prepared)
+    texts = texts_of(config, prepared)
     with BenchDir(config) as output, _limits() as pool:
         store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
         try:
@@ -72,7 +72,7 @@ def bench_decoding(config: Config) -> dict[str, Any]:
     return report
 
 
-def _texts(config: Config, prepared: Prepared) -> list[Texts]:
+def texts_of(config: Config, prepared: Prepared) -> list[Texts]:
     by_row = sorted((int(row), ids) for b in prepared.batches for row, ids in zip(b.rows, b.tokens.streams[0], strict=True))
     stream = np.concatenate([ids for _, ids in by_row])
     made = []
@@ -108,9 +108,9 @@ def _measure(
         with mapped(prepared) as there:
             link = link_bytes_per_second(there.memory, prepared.layout.slot_bytes, torch.device(prepared.device))
     assert isinstance(prepared.task, Generate)
-    sampling = replace(prepared.task.sampling, max_new_tokens=_room(texts))
+    sampling = replace(prepared.task.sampling, max_new_tokens=room(texts))
     task = Forced(**vars(prepared.task) | {"sampling": sampling, "stop": ()})  # a text has its own end
-    texts = _recorded(prepared, texts)
+    texts = recorded(prepared, texts)
     reference = _reference(prepared, task, texts)
     report: dict[str, Any] = {
         "hardware": hardware(prepared.device),
@@ -166,25 +166,25 @@ def _one_system(
     _say(f"{name} at {stand.budget}: {time.perf_counter() - start:.1f} s in all")
 
 
-def _room(texts: list[Texts]) -> int:
+def room(texts: list[Texts]) -> int:
     return max(len(row) for some in texts for batch in some.batches for row in batch.targets or ())
 
 
-def _recorded(prepared: Prepared, texts: list[Texts]) -> list[Texts]:
+def recorded(prepared: Prepared, texts: list[Texts]) -> list[Texts]:
     """With the routing of every text."""
     start = time.perf_counter()
     top_k = prepared.model.shape.top_k
     executor = Executor(replace(prepared.executor_spec(), task=Whole(0, None, 1), slots=0))
     try:
-        recorded = []
+        made = []
         for some in texts:
             traces = [executor.trace(batch, top_k) for batch in some.batches]
             uses = tuple(uses_of(t, b, some.prompt, top_k) for t, b in zip(traces, some.batches, strict=True))
-            recorded.append(replace(some, uses=uses))
+            made.append(replace(some, uses=uses))
     finally:
         executor.close()
     _say(f"routing of {sum(len(some.batches) for some in texts)} batches recorded in {time.perf_counter() - start:.1f} s")
-    return recorded
+    return made
 
 
 def _reference(prepared: Prepared, task: Forced, texts: list[Texts]) -> list[list[np.ndarray]] | None:

@@ -79,14 +79,16 @@ class Writer(Protocol):
 class Ours:
     """An Executor called directly."""
 
-    def __init__(self, stand: Stand, policy: str, demand: bool = False, predicts: bool = False):
+    def __init__(
+        self, stand: Stand, policy: str, demand: bool = False, predicts: bool = False, executor: type[Executor] = Executor
+    ):
         prepared = stand.prepared
         spec: ExecutorSpec = replace(prepared.executor_spec(), task=stand.task, slots=stand.slots, policy=policy, demand=demand)
         if predicts and prepared.config.predictor.kind in STEPPING:
             spec = replace(spec, stepping=replace(prepared.predictor_spec(stand.arena.identity), device="cpu"))
         self._nobody = Nobody(prepared.model.shape)
         self._layers = prepared.model.shape.layers
-        self._executor = Executor(spec)
+        self._executor = executor(spec)
         self._executor.ready()
         self._next = 0
 
