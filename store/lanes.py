@@ -182,7 +182,7 @@ class CudaLanes:
 
         Events are compared as objects, and those that are compared are kept: a handle may be another event's by now.
         """
-        turn = self._turn = (self._turn + 1) % self.LANES
+        turn = self._turn = (self._turn + 1) % len(self._copy)
         withdrawn = self._withdrawn
         if withdrawn is not None and self._waits[turn] is not withdrawn:
             cuda.wait(self._copy[turn], withdrawn)
