@@ -27,6 +27,7 @@ from pipeline.bench.decoding_systems import Ours, Stand
 from pipeline.bench.decoding_workload import Forced, Texts
 from pipeline.config import Config, load_config
 from pipeline.device import ExecutorSpec
+from pipeline.errors import USER_ERRORS, ConfigError
 from pipeline.executor import Executor
 from pipeline.machine import hardware
 from pipeline.predicting.next_layer import NextLayer
@@ -118,7 +119,8 @@ def compare(config: Config) -> dict[str, Any]:
         One of USER_ERRORS: what the user gave cannot work.
     """
     prepared = prepare(config)
-    assert isinstance(prepared.task, Generate), "bench.decoding checks the same"
+    if not isinstance(prepared.task, Generate) or prepared.model.is_encoder_decoder:
+        raise ConfigError("task: only a decoder that writes (task: generate) has steps")
     texts = texts_of(config, prepared)
     report: dict[str, Any] = {"config": config.to_dict(), "hardware": hardware(prepared.device), "versions": versions(), "rows": []}
     store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
@@ -154,13 +156,22 @@ def _rows(stand: Stand, texts: Texts, config: Config) -> list[dict[str, Any]]:
     return [row | {"us_per_wrong_name": 1e3 * cost, "moves_per_wrong_name": moves} for row in rows]
 
 
-def main(arguments: list[str]) -> None:
-    config = load_config(Path(arguments[0]), arguments[1:])
-    report = compare(config)
+def main(arguments: list[str]) -> int:
+    """Returns the exit code, as runner.py's."""
+    if not arguments:
+        print("usage: python -m pipeline.bench.step_cost CONFIG.yaml [key.path=value ...]", file=sys.stderr)
+        return 2
+    try:
+        config = load_config(Path(arguments[0]), arguments[1:])
+        report = compare(config)
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "step_cost.json", json.dumps(report, indent=1) + "\n")
     print(f"wrote {output / 'step_cost.json'}")
+    return 0
 
 
 if __name__ == "__main__":
