@@ -1,4 +1,4 @@
-"""The copy engine of a GPU: keeps the copy lanes busy, a few experts deep, and the compute lane free of questions.
+"""The copy engine of a GPU: keeps the copy lane busy, a few experts deep, and the compute lane free of questions.
 
 What comes next and who goes for it, schedule.py decides, one expert at a time and as late as the link allows, so that it knows the
 most recent tables. The order in which device and host see things is the lanes' (lanes.py).
@@ -9,7 +9,7 @@ the same bytes must not cross the link twice.
 
 A layer may want more experts than the slots can take at once. Then it is computed in parts: as soon as some are there, the tokens
 of those are computed (`read`), which makes room for the next, while the link goes on. Reading in place, at nine tenths of the
-link's speed and with the copy lanes waiting, is left for what no table named.
+link's speed and with the copy lane waiting, is left for what no table named.
 
 From `stage` to `read` or `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal
 between the one that reads the entries and the last that reads the slots would come too early for those behind it.
@@ -288,7 +288,7 @@ class DeviceCopyEngine(JudgedSchedule):
             self._changed.notify_all()
 
     def _begin(self) -> bool:
-        """Puts the next copy into a copy lane; False: enough are there, or there is none."""
+        """Puts the next copy into the copy lane; False: enough are there, or there is none."""
         if self._closed or len(self._under_way) >= self._depth:
             return False
         self._catch_up()
@@ -302,10 +302,7 @@ class DeviceCopyEngine(JudgedSchedule):
         return True
 
     def _land(self) -> None:
-        """Waits for the oldest copy under way; those behind it that have ended by then are seen with it.
-
-        Another lane's may have ended before: it is taken for under way until then, which is not wrong, only late.
-        """
+        """Waits for the oldest copy under way; those behind it that have ended by then are seen with it."""
         self._under_way[0][1].wait()
         with self._changed:
             self._landed(*self._under_way.popleft())

@@ -1,28 +1,20 @@
-"""Where the work of a device is put in order: a compute lane that reads experts, and copy lanes that bring them.
+"""Where the work of a device is put in order: a compute lane that reads experts, and a copy lane that brings them.
 
-A lane does what it is given in the order in which it was given, and does not care for others unless it is told to wait for them.
+A lane does what it is given in the order in which it was given, and does not care for the other unless it is told to wait for it.
 The order of events that keeps a reader right is made of three operations:
 
-`fill`      on a copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
+`fill`      on the copy lane: the expert's block into the slot, and then, on the same lane, one aligned 8-byte store of the slot's
             address into the expert's entry of the pointer table. Until then a kernel that reads the entry finds the host's address.
 `withdraw`  on the compute lane: the host's address back into the entry. Kernels before it may still read the slot, kernels after
-            it cannot. Whichever copy lane a later `fill` is given to waits for this point first.
-`follow`    on the compute lane: what it is given from now on waits for the ends of some fills, and the host does not.
+            it cannot. The copy lane waits for this point before anything that is given to it later, so neither a copy into the
+            slot nor a new `fill` of that expert can come too early.
+`follow`    on the compute lane: what it is given from now on waits for the ends of some fills, and the host does not. No circle
+            comes of it: those fills were given before, and wait for withdrawals that were given before them.
 
 A layer's kernels read each entry once, into scratch, and all of them use what was read.
 
-The engine (device_copies.py) only evicts an expert whose mark it has seen reached: a late store would point to a slot that belongs
-to another by then. Copy lanes need not wait for each other, since all that touches one slot, or one entry, is in order:
-
-* Between two fills of a slot, or of an expert, the host saw the first one's mark reached, and then withdrew its expert. The second,
-  on whichever lane, waits for that: so it is behind the first one's copy and store, behind the kernels that read the slot, and
-  behind the store of the host's address.
-* There is one compute lane: who waits for the last withdrawal has waited for all. So a lane is told when its turn comes, once.
-  What it was given before a withdrawal needs no wait: it is for slots and experts that this one is not about.
-
-The first of two fills may end last. An expert is then in its slot, and pointed to, before the engine knows, which harms nobody.
-Nor do lanes wait for each other in a circle: who follows waits for fills that were given before, and those for withdrawals that
-were given before them.
+Evicting an expert whose `fill` has not ended would be wrong: its late store would point to a slot that belongs to another by then.
+The engine (device_copies.py) only evicts those whose mark it has seen reached.
 """
 
 from __future__ import annotations
@@ -54,13 +46,11 @@ class Mark(Protocol):
 
 
 class Lanes(Protocol):
-    """What the engine asks of a device; see above. One call at a time."""
+    """What the engine asks of a device; see above."""
 
-    def fill(self, key: Key, slot: int) -> Mark:
-        """Marks may be reached in another order than that of their fills."""
+    def fill(self, key: Key, slot: int) -> Mark: ...
 
-    def withdraw(self, key: Key) -> None:
-        """Its mark has been seen reached."""
+    def withdraw(self, key: Key) -> None: ...
 
     def follow(self, fills: Sequence[Mark]) -> Mark:
         """Returns the point behind the wait; its span is from the one before it."""
@@ -134,11 +124,7 @@ class CudaMark:
 
 
 class CudaLanes:
-    """Lanes on a GPU: streams, and blocks in registered memory."""
-
-    LANES = 2
-    """Copies take turns: events and the store, which stand between two copies of one stream, leave the link idle for a twentieth of
-    a copy's time; the other stream's copy uses it meanwhile."""
+    """Lanes on a GPU: two streams, and blocks in registered memory."""
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         layers = arena.layout.layers
@@ -147,47 +133,30 @@ class CudaLanes:
         self._nbytes = [layer.block.nbytes for layer in layers]
         self._slots = [slots.address(slot) for slot in range(slots.count)]
         self._table = table
-        self._copy_streams = [torch.cuda.Stream(compute.device) for _ in range(self.LANES)]  # kept: a handle dies with its stream
-        self._compute, self._copy = compute.cuda_stream, [stream.cuda_stream for stream in self._copy_streams]
-        self._turn = 0
-        self._withdrawn: cuda.Event | None = None  # behind the last withdrawal
-        self._waits: list[cuda.Event | None] = [None] * self.LANES  # the one that each stream has been told to wait for
-        self.clock = Clock(self._copy[0])
+        self._copy_stream = torch.cuda.Stream(compute.device)  # kept: its handle dies with it
+        self._compute, self._copy = compute.cuda_stream, self._copy_stream.cuda_stream
+        self.clock = Clock(self._copy)
         self._context, self._thread = cuda.context(), 0
 
     def fill(self, key: Key, slot: int) -> Mark:
         self._use_context()
         layer, expert = key
-        stream = self._copy_lane()
-        begun = cuda.Event(stream)
-        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], stream)
-        cuda.store(self._table.entry_address(key), self._slots[slot], stream)
-        return CudaMark(begun, cuda.Event(stream), self.clock)
+        begun = cuda.Event(self._copy)
+        cuda.copy_to_device(self._slots[slot], self._source[layer][expert], self._nbytes[layer], self._copy)
+        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
+        return CudaMark(begun, cuda.Event(self._copy), self.clock)
 
     def withdraw(self, key: Key) -> None:
         self._use_context()
         cuda.store(self._table.entry_address(key), self._table.host_address(key), self._compute)
-        self._withdrawn = cuda.Event(self._compute)
+        cuda.wait(self._copy, cuda.Event(self._compute))
 
     def follow(self, fills: Sequence[Mark]) -> Mark:
         self._use_context()
-        begun = cuda.Event(self._compute)
-        for mark in fills:
-            assert isinstance(mark, CudaMark)
-            cuda.wait(self._compute, mark.ended)
+        begun, last = cuda.Event(self._compute), fills[-1]  # one lane brings them, in their order
+        assert isinstance(last, CudaMark)
+        cuda.wait(self._compute, last.ended)
         return CudaMark(begun, cuda.Event(self._compute), self.clock)
-
-    def _copy_lane(self) -> int:
-        """The stream whose turn it is; what it is given from now on waits for all that has been withdrawn by now.
-
-        Events are compared as objects, and those that are compared are kept: a handle may be another event's by now.
-        """
-        turn = self._turn = (self._turn + 1) % len(self._copy)
-        withdrawn = self._withdrawn
-        if withdrawn is not None and self._waits[turn] is not withdrawn:
-            cuda.wait(self._copy[turn], withdrawn)
-            self._waits[turn] = withdrawn
-        return self._copy[turn]
 
     def _use_context(self) -> None:
         """The copy thread is new to CUDA."""

@@ -34,7 +34,7 @@ class Movement:
         else:
             self.prefetch_bytes += nbytes
         if self.copy_spans and start - self.copy_spans[-1][1] < 200_000:  # gaps below 0.2 ms are no gaps to look at
-            self.copy_spans[-1][1] = max(end, self.copy_spans[-1][1])  # two may be on their way at once
+            self.copy_spans[-1][1] = end
             self.copy_spans[-1][2] += 1
         else:
             self.copy_spans.append([start, end, 1])

@@ -1,9 +1,9 @@
 """Lanes for a device that cannot read the arena: experts come through a ring of pinned host memory.
 
 A `fill` is carried out a chunk at a time: the host copies a chunk of the arena into the ring's next entry, which on a disk is what
-reads it, and the copy lane, here the only one, brings it from there into the slot. An entry may be written again when what was sent
-from it has left. Behind an expert's last chunk the copy lane stores the slot's address into the pointer table, as ever. What a
-`withdraw` stores is 0: an expert that is in no slot is nowhere, and no kernel may ask for it (staged_copies.py).
+reads it, and the copy lane brings it from there into the slot. An entry may be written again when what was sent from it has
+left. Behind an expert's last chunk the copy lane stores the slot's address into the pointer table, as ever. What a `withdraw`
+stores is 0: an expert that is in no slot is nowhere, and no kernel may ask for it (staged_copies.py).
 
 The chunks of all fills go in the order of the fills. Nobody carries them but the thread that waits for a mark: the copy
 thread, which has decided by then, and holds no lock.
@@ -149,10 +149,7 @@ class RingLanes:
 
 
 class CudaRingLanes(RingLanes, CudaLanes):
-    """Lanes on a GPU, and blocks in memory that CUDA knows nothing of."""
-
-    LANES = 1
-    """An expert's chunks are sent in order, and its address behind the last."""
+    """Lanes on a GPU: two streams, and blocks in memory that CUDA knows nothing of."""
 
     def __init__(self, arena: Arena, slots: Slots, table: PointerTable, compute: torch.cuda.Stream):
         """
@@ -178,19 +175,19 @@ class CudaRingLanes(RingLanes, CudaLanes):
 
     def _send(self, entry: int, key: Key, slot: int, begin: int, end: int) -> cuda.Event:
         if self._host_slots is None:
-            cuda.copy_to_device(self._slots[slot] + begin, self._ring[entry].data_ptr(), end - begin, self._copy_lane())
+            cuda.copy_to_device(self._slots[slot] + begin, self._ring[entry].data_ptr(), end - begin, self._copy)
         return self._here()
 
     def _point_to(self, key: Key, slot: int) -> cuda.Event:
-        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy_lane())
+        cuda.store(self._table.entry_address(key), self._slots[slot], self._copy)
         return self._here()
 
     def _time_of(self, point: cuda.Event) -> int:
         return self.clock.ns(point)
 
     def _here(self) -> cuda.Event:
-        """Behind all that the copy lane has been given, and all that has been withdrawn."""
-        return cuda.Event(self._copy_lane())
+        """Behind all that the copy lane has been given."""
+        return cuda.Event(self._copy)
 
     def _use_context(self) -> None:
         if self._thread != get_ident():

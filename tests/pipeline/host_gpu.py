@@ -178,16 +178,24 @@ def host_gpu() -> Iterator[None]:
     from pipeline.gpu import layers, on_gpu, packed, replays
     from store import cuda
 
+    lanes = threading.RLock()  # a copy waits for the kernels under way, as the copy lane does for a withdrawal behind them
+
     def store(address: int, value: int, stream: int) -> None:
-        ctypes.c_int64.from_address(address).value = value
+        with lanes:
+            ctypes.c_int64.from_address(address).value = value
 
     def copy(to: int, source: int, nbytes: int, stream: int) -> None:
-        ctypes.memmove(to, source, nbytes)
+        with lanes:
+            ctypes.memmove(to, source, nbytes)
+
+    def launch(graph: Callable[[], None], stream: int) -> None:
+        with lanes:
+            graph()
 
     host = {
         "context": lambda: 0, "use": lambda context: None, "register": lambda address, nbytes, device: address,
         "unregister": lambda address: None, "copy_to_device": copy, "store": store, "wait": lambda stream, event: None,
-        "Event": HostEvent, "launch": lambda graph, stream: graph(),
+        "Event": HostEvent, "launch": launch,
     }  # fmt: skip
     torchs = {
         "set_device": lambda device: None, "init": lambda: None, "Stream": lambda *a: SimpleNamespace(cuda_stream=0, device=None),

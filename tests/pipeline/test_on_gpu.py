@@ -495,10 +495,9 @@ def roughen(executor: Executor) -> None:
         return in_parts
 
     def late_fill(key, slot: int):
-        with torch.cuda.stream(torch.cuda.ExternalStream(lanes._copy_lane())):
+        with torch.cuda.stream(lanes._copy_stream):
             engine.slots._slots[slot].fill_(255)
             torch.cuda._sleep(int(copying.integers(cycles)))
-        lanes._turn -= 1  # the copy comes behind this, on the same stream
         return fill(key, slot)
 
     def is_ready(batch: int) -> bool:

@@ -1,4 +1,4 @@
-"""A device without a device: its lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
+"""A device without a device: two lanes, a pointer table and slots, as far as the order of events goes (store/lanes.py).
 
 A layer runs in any number of parts, each of which computes those experts that it finds in slots and no part before it has
 computed; the last computes all that are left (pipeline/gpu/grouping.py).
@@ -26,6 +26,9 @@ HOST = -1
 
 RUBBISH = None
 """What a slot holds before the first copy into it, and while one runs."""
+
+AWAITED = {"wait": "compute", "follow": "copy"}
+"""Operations that wait, and for which lane."""
 
 Layer = tuple[int, int]
 """One run of a MoE layer: (batch, layer)."""
@@ -62,12 +65,12 @@ _CONTAINERS = {list, dict, set, deque, Counter, defaultdict}
 class SimulatedMark:
     """A point of a lane: after so many operations."""
 
-    def __init__(self, lanes: SimulatedLanes, lane: str, point: int):
-        self.lanes, self.lane, self.point = lanes, lane, point
+    def __init__(self, lanes: SimulatedLanes, point: int, lane: str = "copy"):
+        self.lanes, self.point, self.lane = lanes, point, lane
 
     def on(self, lanes: SimulatedLanes) -> SimulatedMark:
         """The same point of a twin's."""
-        return SimulatedMark(lanes, self.lane, self.point)
+        return SimulatedMark(lanes, self.point, self.lane)
 
     def is_reached(self) -> bool:
         return self.lanes.has_reached(self.lane, self.point)
@@ -83,7 +86,6 @@ class SimulatedLanes:
     """Implements store.lanes.Lanes, and takes the kernels of forwards.
 
     Attributes:
-        COPY: the copy lanes.
         memory: per slot what it holds.
         entries: the pointer table, of those whose entry points to a slot: expert -> slot.
         queues: what the lanes have still to do.
@@ -92,17 +94,13 @@ class SimulatedLanes:
         used, found: of every layer that was given or has begun to run, the experts it uses, and those it reads from slots.
     """
 
-    COPY: tuple[str, ...] = ("copy", "copy too")
     mark = SimulatedMark
 
     def __init__(self, slots: int):
         self.memory: list[Key | None] = [RUBBISH] * slots
         self.entries: dict[Key, int] = {}
-        self.queues: dict[str, deque[tuple]] = {lane: deque() for lane in ("compute", *self.COPY)}
+        self.queues: dict[str, deque[tuple]] = {"compute": deque(), "copy": deque()}
         self.done = Counter(dict.fromkeys(self.queues, 0))
-        self._turn = 0
-        self._withdrawn = 0  # the compute lane's point behind the last withdrawal
-        self._waits = [0] * len(self.COPY)  # which of these each copy lane has been told to wait for
         self.filled = 0
         self.used: dict[Layer, tuple[Key, ...]] = {}
         self.found: dict[Layer, frozenset[Key]] = {}
@@ -112,67 +110,37 @@ class SimulatedLanes:
         self._read: dict[Layer, Places] = {}  # by the first matmul
 
     def state(self) -> tuple:
-        """All that what follows depends on, and `found`. Copy lanes are alike: whose turn it was comes first. A wait for what has
-        been reached is none.
-        """
+        """All that what follows depends on, and `found`."""
         computed = self.done["compute"]
-        withdrawn = max(0, self._withdrawn - computed)
         copying = tuple(
-            (
-                tuple(
-                    ("wait", operation[1] - computed) if operation[0] == "wait" else operation
-                    for operation in self.queues[self.COPY[turn]]
-                    if operation[0] != "wait" or operation[1] > computed
-                ),
-                withdrawn if withdrawn and self._waits[turn] != self._withdrawn else 0,
-            )
-            for turn in range(self._turn - len(self.COPY), self._turn)
+            ("wait", max(0, operation[1] - computed)) if operation[0] == "wait" else operation for operation in self.queues["copy"]
+        )
+        copied = self.done["copy"]
+        computing = tuple(
+            ("follow", max(0, operation[1] - copied)) if operation[0] == "follow" else operation
+            for operation in self.queues["compute"]
         )
         running = (self.found, self._served, self._computed, self._snapshots, self._read)
         return (
-            *(
-                tuple(self.memory),
-                frozenset(self.entries.items()),
-                tuple(map(self._seen_from_now, self.queues["compute"])),
-                copying,
-            ),
+            *(tuple(self.memory), frozenset(self.entries.items()), computing, copying),
             *(frozenset(layers.items()) for layers in running),
         )
-
-    def _seen_from_now(self, operation: tuple) -> tuple:
-        if operation[0] != "follow":
-            return operation
-        _, lane, point = operation
-        ahead = point - self.done[lane]
-        return ("follow", (self.COPY.index(lane) - self._turn) % len(self.COPY), ahead) if ahead > 0 else ("follow",)
 
     # What is given to the lanes.
 
     def fill(self, key: Key, slot: int) -> SimulatedMark:
-        lane = self._copy_lane()
-        self.queues[lane] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
-        return self.mark(self, lane, self.point(lane))
+        self.queues["copy"] += [("begin", key, slot), ("end", key, slot), ("store", key, slot), ("mark",)]
+        return self.mark(self, self.point("copy"))
 
     def withdraw(self, key: Key) -> None:
         self.queues["compute"].append(("withdraw", key))
-        self._withdrawn = self.point("compute")
+        self.queues["copy"].append(("wait", self.point("compute")))
 
     def follow(self, fills: Sequence[SimulatedMark]) -> SimulatedMark:  # type: ignore[override]
-        self.queues["compute"] += [("follow", mark.lane, mark.point) for mark in fills]
-        self._end_waits()
-        return self.mark(self, "compute", self.point("compute"))
-
-    def _copy_lane(self) -> str:
-        """Whose turn it is; it has been told to wait for all that has been withdrawn by now."""
-        turn = self._turn = (self._turn + 1) % len(self.COPY)
-        if self._has_to_be_told(turn):
-            self.queues[self.COPY[turn]].append(("wait", self._withdrawn))
-            self._waits[turn] = self._withdrawn
+        if fills:
+            self.queues["compute"].append(("follow", max(mark.point for mark in fills)))
             self._end_waits()
-        return self.COPY[turn]
-
-    def _has_to_be_told(self, turn: int) -> bool:
-        return self._waits[turn] != self._withdrawn
+        return self.mark(self, self.point("compute"), "compute")
 
     def point(self, lane: str) -> int:
         """Where a lane is when it has done all that it was given."""
@@ -205,10 +173,8 @@ class SimulatedLanes:
 
     def can_step(self, lane: str) -> bool:
         queue = self.queues[lane]
-        if queue and queue[0][0] in ("wait", "follow"):
-            _, *awaited, point = queue[0]
-            return self.has_reached(awaited[0] if awaited else "compute", point)
-        return bool(queue)
+        awaited = AWAITED.get(queue[0][0]) if queue else None
+        return bool(queue) and (awaited is None or self.has_reached(awaited, queue[0][1]))
 
     def step(self, lane: str) -> None:
         """The next operation of a lane, and all waits that end with it: whether they are steps of their own makes no difference."""
@@ -220,7 +186,7 @@ class SimulatedLanes:
 
     def _end_waits(self) -> None:
         for lane, queue in self.queues.items():
-            while queue and queue[0][0] in ("wait", "follow") and self.can_step(lane):
+            while queue and queue[0][0] in AWAITED and self.can_step(lane):
                 queue.popleft()
                 self.done[lane] += 1
 
@@ -239,6 +205,9 @@ class SimulatedLanes:
 
     def _do_mark(self) -> None:
         self.filled += 1
+
+    def _do_wait(self, point: int) -> None:
+        pass
 
     def _do_withdraw(self, key: Key) -> None:
         self.entries.pop(key, None)

@@ -19,7 +19,7 @@ BLOCK, CHUNK = 256, 128
 
 @dataclass(frozen=True)
 class SimulatedPoint:
-    """After so many operations of the one copy lane."""
+    """After so many operations of the copy lane."""
 
     lanes: Any
     at: int
@@ -51,7 +51,6 @@ class SimulatedRing(RingLanes, SimulatedLanes):
         ring: per entry the chunk that it holds.
     """
 
-    COPY = ("copy",)
     mark = SimulatedRingMark  # type: ignore[assignment]
     entries_of_ring = 1
     point_type: type = SimulatedPoint
@@ -89,18 +88,17 @@ class SimulatedRing(RingLanes, SimulatedLanes):
         self.ring[entry] = (key, begin)
 
     def _send(self, entry: int, key: Key, slot: int, begin: int, end: int) -> SimulatedPoint:
-        lane = self._copy_lane()
         if begin == 0:
-            self.queues[lane].append(("begin", key, slot))
-        self.queues[lane].append(("arrive", entry, key, slot))
+            self.queues["copy"].append(("begin", key, slot))
+        self.queues["copy"].append(("arrive", entry, key, slot))
         return self.here()
 
     def _point_to(self, key: Key, slot: int) -> SimulatedPoint:
-        self.queues[self._copy_lane()] += [("store", key, slot), ("mark",)]
+        self.queues["copy"] += [("store", key, slot), ("mark",)]
         return self.here()
 
     def here(self) -> SimulatedPoint:
-        return self.point_type(self, self.point(self._copy_lane()))
+        return self.point_type(self, self.point("copy"))
 
     def _time_of(self, point: SimulatedPoint) -> int:
         return point.at

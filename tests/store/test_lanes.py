@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from store import cuda, lanes
+from store import lanes
 from store.arena import Arena, build
 from store.lanes import CudaLanes, PointerTable
 from store.layout import ArenaLayout, Key
-from store.ring import CudaRingLanes
 from store.slots import Slots
 from tests.store.lane_model import SimulatedLanes
-from tests.store.ring_model import SimulatedRing
 
 CPU = torch.device("cpu")
 HOST_ADDRESS = 1 << 40
@@ -59,17 +55,16 @@ def test_the_address_of_an_entry_is_where_it_lies(arena):
 
 
 class Recorder:
-    """In the place of store/cuda.py: what is given to streams becomes what the model calls it. Streams go by their names."""
+    """In the place of store/cuda.py: what is given to streams becomes what the model calls it."""
 
     def __init__(self, arena: Arena):
-        self.queues: dict[str, deque[tuple]] = {"compute": deque(), **{lane: deque() for lane in SimulatedLanes.COPY}}
+        self.queues: dict[str, deque[tuple]] = {"compute": deque(), "copy": deque()}
         self.slots = Slots(arena, SLOTS, CPU)
         self.table = PointerTable(arena, HOST_ADDRESS, CPU)
         self.experts = {self.table.entry_address(key): key for key in every(arena)}
         self.blocks = {arena.block(*key).data_ptr(): key for key in every(arena)}
         self.sizes = {key: arena.block(*key).numel() for key in every(arena)}
         self.addresses = {self.slots.address(slot): slot for slot in range(SLOTS)}
-        self.recorded: dict[int, int] = {}  # event's handle -> operations of its stream before it, when it was recorded last
 
     def context(self) -> int:
         return 1
@@ -90,42 +85,23 @@ class Recorder:
             assert value == self.table.host_address(key)
             self.queues[stream].append(("withdraw", key))
 
-    def wait(self, stream: str, event: RecordedEvent) -> None:
-        self.queues[stream].append(("wait", self.recorded[event.handle.value]))
+    def wait(self, stream: str, event: SimpleNamespace) -> None:
+        self.queues[stream].append(("wait", event.point))
 
-    def Event(self, stream: str) -> RecordedEvent:
-        return RecordedEvent(stream)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Of CUDA's driver, by an event. One that comes right after a store of a slot's address is the mark of a fill; others only
-        tell the time, or are waited for.
-        """
-        if name == "cuEventCreate":
-            arguments[0]._obj.value = new = len(self.recorded) + 1
-            self.recorded[new] = 0
-        else:
-            assert name == "cuEventRecord"
-            handle, stream = arguments
-            queue = self.queues[stream]
-            self.recorded[handle.value] = len(queue)
-            if stream != "compute" and queue and queue[-1][0] == "store":
-                queue.append(("mark",))
-
-
-class RecordedEvent(cuda.Event):
-    """The real one, which takes the handles of those that are gone."""
-
-    def synchronize(self) -> None:
-        pass
+    def Event(self, stream: str) -> SimpleNamespace:
+        """One that comes right after a store of a slot's address is the mark of a fill; others only tell the time."""
+        queue = self.queues[stream]
+        event = SimpleNamespace(point=len(queue), synchronize=lambda: None)
+        if stream == "copy" and queue and queue[-1][0] == "store":
+            queue.append(("mark",))
+        return event
 
 
 @pytest.fixture
 def recorder(arena: Arena, monkeypatch) -> Recorder:
-    recorder, names = Recorder(arena), iter(SimulatedLanes.COPY)
-    monkeypatch.setattr(RecordedEvent, "_spare", defaultdict(list), raising=False)
-    monkeypatch.setattr(cuda, "_call", recorder.call)
+    recorder = Recorder(arena)
     monkeypatch.setattr(lanes, "cuda", recorder)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=next(names)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream="copy"))
     return recorder
 
 
@@ -134,70 +110,34 @@ def cuda_lanes(arena: Arena, recorder: Recorder) -> CudaLanes:
     return CudaLanes(arena, recorder.slots, recorder.table, SimpleNamespace(cuda_stream="compute", device=CPU))
 
 
-def test_a_copy_its_entry_and_its_mark_are_given_to_one_lane_in_this_order_and_the_next_to_another(cuda_lanes, recorder):
-    fills = [((1, 0), 2), ((0, 1), 0), ((0, 0), 1)]
-    for key, slot in fills:
-        cuda_lanes.fill(key, slot)
-    given = [[("begin", *fill), ("end", *fill), ("store", *fill), ("mark",)] for fill in fills]
-    one, other = (list(recorder.queues[lane]) for lane in SimulatedLanes.COPY)
-    assert [one, other] == [given[1], given[0] + given[2]]
+def test_a_copy_its_entry_and_its_mark_are_given_to_the_copy_lane_in_this_order(cuda_lanes, recorder):
+    cuda_lanes.fill((1, 0), 2)
+    assert list(recorder.queues["copy"]) == [("begin", (1, 0), 2), ("end", (1, 0), 2), ("store", (1, 0), 2), ("mark",)]
     assert not recorder.queues["compute"]
 
 
-def test_each_copy_lane_waits_once_for_a_withdrawal_and_all_before_it_when_its_turn_comes(cuda_lanes, recorder):
+def test_the_copy_lane_waits_for_a_withdrawal_and_all_before_it(cuda_lanes, recorder):
     recorder.queues["compute"].append(("a kernel",))
     cuda_lanes.withdraw((0, 1))
-    cuda_lanes.withdraw((0, 2))
-    assert list(recorder.queues["compute"]) == [("a kernel",), ("withdraw", (0, 1)), ("withdraw", (0, 2))]
-    copying = [recorder.queues[lane] for lane in SimulatedLanes.COPY]
-    assert not any(copying)
-    for _ in range(4):
-        cuda_lanes.fill((1, 0), 0)
-    for given in copying:
-        assert given[0] == ("wait", 3)
-        assert [operation[0] for operation in given].count("wait") == 1
+    assert list(recorder.queues["compute"]) == [("a kernel",), ("withdraw", (0, 1))]
+    assert list(recorder.queues["copy"]) == [("wait", 2)]
 
 
-def at_random(arena: Arena, seed: int) -> Iterator[tuple]:
-    """Calls of lanes."""
-    rng = random.Random(seed)
-    withdrawals = rng.choice((0.1, 0.3, 0.7))
-    for _ in range(200):
-        key = rng.choice(every(arena))
-        yield ("withdraw", key) if rng.random() < withdrawals else ("fill", key, rng.randrange(SLOTS))
+def test_the_compute_lane_follows_the_last_of_the_fills_that_are_awaited(cuda_lanes, recorder):
+    fills = [cuda_lanes.fill((0, expert), expert) for expert in range(2)]
+    cuda_lanes.follow(fills)
+    assert recorder.queues["copy"][-1] == ("mark",)
+    assert list(recorder.queues["compute"]) == [("wait", len(recorder.queues["copy"]) - 1)], "behind the store"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_copy_comes_behind_all_that_was_withdrawn_before_it_whichever_lane_brings_it(arena, cuda_lanes, recorder, seed):
-    copying = [recorder.queues[lane] for lane in SimulatedLanes.COPY]
-    withdrawn = begun = 0
-    for what, *details in at_random(arena, seed):
-        lengths = [len(given) for given in copying]
-        getattr(cuda_lanes, what)(*details)
-        if what == "withdraw":
-            withdrawn = len(recorder.queues["compute"])
-            continue
-        (given,) = (given for given, length in zip(copying, lengths, strict=True) if len(given) > length)
-        at = max(i for i, operation in enumerate(given) if operation[0] == "begin")
-        assert max((operation[1] for operation in list(given)[:at] if operation[0] == "wait"), default=0) == withdrawn
-        begun += 1
-    assert begun > 20
-    for given in copying:
-        waits = [operation[1] for operation in given if operation[0] == "wait"]
-        assert waits == sorted({*waits}), "told twice"
-        assert len(waits) > 10
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_model_is_given_what_a_gpu_would_be(arena, cuda_lanes, recorder, seed):
+def test_the_model_is_given_what_a_gpu_would_be(arena, cuda_lanes, recorder):
     model = SimulatedLanes(SLOTS)
-    for what, *details in at_random(arena, seed):
+    rng = random.Random(0)
+    for _ in range(200):
+        key, slot = rng.choice(every(arena)), rng.randrange(SLOTS)
         for given in (cuda_lanes, model):
-            getattr(given, what)(*details)
+            if slot:
+                given.fill(key, slot)
+            else:
+                given.withdraw(key)
     assert recorder.queues == model.queues
-    assert len(recorder.recorded) < 10, "handles were used again"
-
-
-def test_the_model_has_as_many_copy_lanes_as_a_gpu():
-    assert len(SimulatedLanes.COPY) == CudaLanes.LANES
-    assert len(SimulatedRing.COPY) == CudaRingLanes.LANES == 1
