@@ -3,8 +3,7 @@
 The config is of task generate; bench.batch_sizes, prompts, budgets, batches and rounds are heeded. Real text is forced, so that
 every token's experts are known beforehand. Before each step the copy engine is told them, with a seeded share replaced by others
 that the token does not need; routers are asked as always, and answers stay what they are. The shares take turns, round by round.
-A line through what they take says what one wrong name costs. The next layer's router, asked a layer early, is left out: it would
-correct most names before they matter.
+The next layer's router, asked a layer early, is left out: it would correct most names before they matter.
 """
 
 from __future__ import annotations
@@ -114,7 +113,8 @@ class Foretold(Ours):
 
 
 def compare(config: Config) -> dict[str, Any]:
-    """
+    """Writes step_cost.json after every budget and text length: what is cut short has not been for nothing.
+
     Raises:
         One of USER_ERRORS: what the user gave cannot work.
     """
@@ -123,6 +123,8 @@ def compare(config: Config) -> dict[str, Any]:
         raise ConfigError("task: only a decoder that writes (task: generate) has steps")
     texts = texts_of(config, prepared)
     report: dict[str, Any] = {"config": config.to_dict(), "hardware": hardware(prepared.device), "versions": versions(), "rows": []}
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     store = ExpertStore(prepared.arena, prepared.model.source, prepared.model.placement)
     try:
         arena = store.open()
@@ -131,7 +133,10 @@ def compare(config: Config) -> dict[str, Any]:
         task = Forced(**vars(prepared.task) | {"sampling": sampling, "stop": ()})
         stands = [Stand(prepared, arena, task, budget) for budget in config.bench.budgets]
         with patch.object(NextLayer, "reaches", lambda self, layer: False):
-            report["rows"] = [row for stand in stands for some in texts for row in _rows(stand, some, config)]
+            for stand in stands:
+                for some in texts:
+                    report["rows"] += _rows(stand, some, config)
+                    write_whole(output / "step_cost.json", json.dumps(report, indent=1) + "\n")
     finally:
         store.close(config.store.keep)
     return report
@@ -144,16 +149,20 @@ def _rows(stand: Stand, texts: Texts, config: Config) -> list[dict[str, Any]]:
             with closing(Foretold(stand, share, config.seed + number)) as writer:
                 found[share].append(writer.measured(texts))
     medians = [{key: statistics.median(r[key] for r in found[share]) for key in found[share][0]} for share in SHARES]
-    cost = float(np.polyfit([m["wrong"] for m in medians], [m["ms"] for m in medians], 1)[0])
-    moves = float(np.polyfit([m["wrong"] for m in medians], [m["moves"] for m in medians], 1)[0])
-    where = f"batch {texts.size}, prompt {texts.prompt}, {stand.budget}"
-    print(f"{where}: a wrong name costs {1e3 * cost:.1f} us and {moves:.2f} moves", flush=True)
-    rows = []
+    right = medians[0]
+    print(f"batch {texts.size}, prompt {texts.prompt}, {stand.budget}:", flush=True)
+    rows: list[dict[str, Any]] = []
     for share, median in zip(SHARES, medians, strict=True):
-        rows.append({"batch": texts.size, "prompt": texts.prompt, "budget": stand.budget, "share": share} | median)
-        said = f"{median['wrong']:6.2f} of {median['named']:6.2f} names wrong"
-        print(f"  {share:4.0%}  {said}  {median['ms']:8.3f} ms per token  {median['moves']:7.2f} moves per token", flush=True)
-    return [row | {"us_per_wrong_name": 1e3 * cost, "moves_per_wrong_name": moves} for row in rows]
+        row = {"batch": texts.size, "prompt": texts.prompt, "budget": stand.budget, "share": share} | median
+        said = f"  {share:4.0%}  {median['wrong']:6.2f} of {median['named']:6.2f} names wrong  "
+        said += f"{median['ms']:8.3f} ms, {median['moves']:7.2f} moves per token"
+        if median["wrong"]:
+            row["us_per_wrong_name"] = 1e3 * (median["ms"] - right["ms"]) / median["wrong"]
+            row["moves_per_wrong_name"] = (median["moves"] - right["moves"]) / median["wrong"]
+            said += f"; each {row['us_per_wrong_name']:.1f} us, {row['moves_per_wrong_name']:.2f} moves"
+        print(said, flush=True)
+        rows.append(row)
+    return rows
 
 
 def main(arguments: list[str]) -> int:
@@ -163,14 +172,11 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         config = load_config(Path(arguments[0]), arguments[1:])
-        report = compare(config)
+        compare(config)
     except USER_ERRORS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "step_cost.json", json.dumps(report, indent=1) + "\n")
-    print(f"wrote {output / 'step_cost.json'}")
+    print(f"wrote {Path(config.output_dir) / 'step_cost.json'}")
     return 0
 
 
