@@ -136,18 +136,28 @@ def load_checked(path: Path, kind: str, identity: str | None) -> tuple[dict[str,
     try:
         with safe_open(path, framework="np") as f:
             metadata = f.metadata() or {}
+            _check_kind(path, metadata.get("kind"), kind)  # before a tensor is read: a model's bfloat16 is nothing to numpy
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a safe_open is not a dict)
     except SafetensorError as error:
         raise PredictorError(f"{path}: truncated or not a safetensors file ({error})") from None
-    if metadata.get("kind") != kind:
-        found = metadata.get("kind", "something else")
-        raise PredictorError(f"{path}: holds a {found}, the config asks for a {kind}; set predictor.kind or predictor.path")
     if identity is not None and metadata.get("identity") != identity:
         raise PredictorError(
             f"{path}: made for another model (its routers are {metadata.get('identity')}, this model's are {identity}); "
             "train one for this model with `python runner.py train CONFIG`"
         )
     return tensors, metadata
+
+
+def _check_kind(path: Path, found: str | None, wanted: str) -> None:
+    if found is None:
+        what, instead = (
+            ("trace", "") if wanted == "trace" else ("predictor's file", ", or none: predictor.kind=rehearsal predictor.path=null")
+        )
+        raise PredictorError(
+            f"{path}: not a {what}: `python runner.py train CONFIG` did not write it; name one that it wrote{instead}"
+        )
+    if found != wanted:
+        raise PredictorError(f"{path}: holds a {found}, the config asks for a {wanted}; set predictor.kind or predictor.path")
 
 
 def file_kind(path: Path) -> str | None:

@@ -373,7 +373,9 @@ def test_planning_with_a_trace_that_is_none(refused, case, tmp_path):
     missing = tmp_path / "nothing.safetensors"
     assert f"{missing}: no such file" in refused(f"plan.trace={missing}", command="plan")
     weights = case.model / SINGLE
-    assert f"{weights}: holds a something else" in refused(f"plan.trace={weights}", command="plan")
+    assert f"{weights}: not a trace: `python runner.py train CONFIG` did not write it" in refused(
+        f"plan.trace={weights}", command="plan"
+    )
 
 
 def test_planning_with_a_trace_of_another_model(refused, case, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file as save_model
 
 from predictor import traces
 from predictor.errors import PredictorError
@@ -101,8 +103,10 @@ def test_load_refuses_another_kind_of_file_and_names_both_kinds(tmp_path):
     path = tmp_path / "table.safetensors"
     save_atomically({"x": np.zeros(3)}, path, {"kind": "token_table", "identity": "id"})
     assert "holds a token_table" in refused(path)
-    save_atomically({"x": np.zeros(3)}, path, {})
-    assert "something else" in refused(path)
+    save_model({"x": torch.zeros(3, dtype=torch.bfloat16)}, path, {"format": "pt"})
+    assert f"{path}: not a trace: `python runner.py train CONFIG` did not write it" in refused(path)
+    with pytest.raises(PredictorError, match=r"not a predictor's file.* or none: predictor.kind=rehearsal predictor.path=null"):
+        load_checked(path, "stand_ins", None)
 
 
 def test_load_refuses_a_trace_of_another_model(tmp_path):
