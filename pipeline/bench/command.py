@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from pipeline.machine import hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
 from pipeline.reports.metrics import versions
-from pipeline.reports.said import said_of
+from pipeline.reports.said import mb, said_of, say
 from pipeline.reports.timeline import timeline
 from store.actor import ArenaInfo, ExpertStore
 from store.slots import parse_budget, parse_bytes
@@ -70,6 +71,7 @@ def bench(config: Config) -> dict[str, Any]:
         try:
             with bar("placing experts", first.layout.nbytes, unit="B") as shown:
                 arena = store.open(shown.update)
+            say(f"{mb(arena.nbytes)} of weights placed in {arena.seconds:.1f} s")
             report = _bench(first.config, first, arena, output)
         finally:
             store.close(config.store.keep)
@@ -94,18 +96,21 @@ def _bench(config: Config, first: Prepared, arena: ArenaInfo, output: BenchDir) 
         "rows": [],
     }
     if first.stand_ins is not None:
-        print(f"the rehearsal's stand-ins: {said_of(first.stand_ins)}", flush=True)
+        say(f"the rehearsal's stand-ins: {said_of(first.stand_ins)}")
     link = _link(first) if first.device != "cpu" else None
     report["link_gb_per_s"] = round(link / 1e9, 2) if link else None
     for size in config.bench.batch_sizes or [config.batch.size]:
         prepared = prepare(replace(config, batch=replace(config.batch, size=size)))
         prepared = replace(prepared, batches=prepared.batches[: config.bench.batches])
+        say(f"batches of {size}: recording the routing of {len(prepared.batches)}, and what transformers answers")
         with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
             workload = record_workload(prepared, arena, Path(directory))
+            say(f"batches of {size}: recorded in {time.perf_counter() - start:.1f} s")
             for row in _measure(workload, link, output):
                 report["rows"].append(row)
                 report["ray_over_in_process"] = ray_over_in_process(report["rows"])
-                print(line(row), flush=True)
+                say(line(row))
                 output.write_report(report)
                 output.write("bench.md", markdown(report))
     return report
@@ -127,7 +132,7 @@ def _fits(workload: Workload, given: Combination) -> bool:
     try:
         given.slots(workload)
     except StandInsError as error:
-        print(f"{given.system} ({given.predictor}) at {given.budget} is left out: {error}", flush=True)
+        say(f"{given.system} ({given.predictor}) at {given.budget} is left out: {error}")
         return False
     return True
 
@@ -148,7 +153,10 @@ def _measure(workload: Workload, link: float | None, output: BenchDir) -> Iterat
             for combination in SYSTEMS[name].combinations(workload, name, budget)
             if number == 0 or SYSTEMS[name].has_budget
         ]
-        measured = _take_turns(workload, [one for one in combinations if _fits(workload, one)])
+        combinations = [one for one in combinations if _fits(workload, one)]
+        if not combinations:  # none of them knows a budget, or none fits this one
+            continue
+        measured = _take_turns(workload, budget, combinations)
         for one in measured:
             if one.combination.system == "sida":
                 one.timeline = _timeline_name(workload, one.combination)
@@ -157,12 +165,15 @@ def _measure(workload: Workload, link: float | None, output: BenchDir) -> Iterat
         yield from rows_of(workload, measured, yardsticks)
 
 
-def _take_turns(workload: Workload, combinations: list[Combination]) -> list[Measured]:
-    """Sets all up, runs them in turn, takes all down."""
+def _take_turns(workload: Workload, budget: str, combinations: list[Combination]) -> list[Measured]:
+    """Sets all up, runs them in turn, takes all down. Says so: all this can take minutes, and its rows come at the end."""
+    what, start = f"batches of {workload.batch_size}, {budget}", time.perf_counter()
+    say(f"{what}: setting up {', '.join(dict.fromkeys(one.system for one in combinations))}")
     rounds = workload.prepared.config.bench.rounds
     warm_up = WARM_UP_ROUNDS[torch.device(workload.prepared.device).type]
     measured = []
     with _benches(workload, combinations) as benches:
+        say(f"{what}: set up in {time.perf_counter() - start:.1f} s; rounds to warm up: {warm_up}, to measure: {rounds}")
         measured = [Measured(combination) for combination in combinations]
         turns = [(number, which) for number in range(-warm_up, rounds) for which in _order(len(benches), number)]
         for number, which in tqdm(turns, desc=f"batches of {workload.batch_size}", leave=False, disable=None):
@@ -171,6 +182,7 @@ def _take_turns(workload: Workload, combinations: list[Combination]) -> list[Mea
                 measured[which].passes.append(done)
         for one, each in zip(measured, benches, strict=True):
             one.device_memory_peak_bytes = each.device_memory_peak_bytes
+    say(f"{what}: done in {time.perf_counter() - start:.1f} s")
     return measured
 
 

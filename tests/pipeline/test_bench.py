@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.bench import systems
+from pipeline.bench import command, systems
 from pipeline.bench.command import bench
 from pipeline.bench.output import BenchDir
 from pipeline.bench.report import COLUMNS, draw, markdown
@@ -206,6 +206,29 @@ def test_the_system_that_would_be_measured_twice_on_a_cpu_is_left_out(root, caps
     done = bench(config(root, "twice", systems=["cpu", "transformers"]))
     assert [row["system"] for row in done["rows"]] == ["transformers"]
     assert "cpu is left out" in capsys.readouterr().out
+
+
+def test_a_bench_that_is_cut_short_has_said_how_far_it_was_and_keeps_the_budgets_that_it_finished(root, monkeypatch, capsys):
+    measure = command._take_turns
+
+    def cut_short(workload, budget, combinations):
+        if budget == "40%":
+            raise KeyboardInterrupt
+        return measure(workload, budget, combinations)
+
+    monkeypatch.setattr(command, "_take_turns", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        bench(config(root, "cut", systems=["sida"], budgets=BUDGETS, batch_sizes=[3], batches=1))
+    kept = json.loads((root / "cut" / "bench.json").read_text())["rows"]
+    assert {row["budget"] for row in kept} == {"10%"}
+    said = re.sub(r"[\d.]+ s\b", "- s", capsys.readouterr().out).splitlines()[1:]
+    assert said[:5] == [
+        "batches of 3: recording the routing of 1, and what transformers answers",
+        "batches of 3: recorded in - s",
+        "batches of 3, 10%: setting up sida",
+        "batches of 3, 10%: set up in - s; rounds to warm up: 1, to measure: 1",
+        "batches of 3, 10%: done in - s",
+    ]
 
 
 def test_the_table_has_a_section_per_batch_size_and_a_line_per_row(done, report):
