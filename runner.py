@@ -167,4 +167,8 @@ def _clean(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    from pipeline.unheard import unheard
+
+    if sys.stdout is not None:  # closed by `>&-`
+        sys.stdout = unheard(sys.stdout)
     sys.exit(main())
