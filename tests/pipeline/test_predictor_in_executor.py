@@ -43,6 +43,17 @@ def assert_right(prepared, whole, batch, result) -> None:
         assert np.abs(np.array(mine["scores"]) - theirs["scores"]).max() <= 1e-5 * max(1, np.abs(theirs["scores"]).max())
 
 
+def test_a_relative_file_is_found_after_the_jobs_working_directory_has_been_removed(tmp_path, arena_dir, monkeypatch):
+    job = tmp_path / "job"
+    job.mkdir()
+    monkeypatch.chdir(job)
+    save_switch(tmp_path / "model")
+    settings = config_data(tmp_path / "model", write_tsv(tmp_path / "data.tsv"), arena_dir, tmp_path / "out")
+    prepared = prepare(parse(settings | {"predictor": {"kind": "lstm", "path": "../lstm.safetensors"}}, "test"))
+    job.rmdir()
+    assert prepared.predictor_spec("identity").path == job / "../lstm.safetensors"
+
+
 def test_submit_does_not_wait_for_a_prediction_and_none_overtakes_another(served, monkeypatch):
     prepared, whole, executor = served
     goes_on, asked, inner = threading.Event(), [], executor._predictor
