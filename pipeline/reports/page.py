@@ -39,13 +39,14 @@ def report(metrics: dict, stats: list[BatchStats], routed: list[BatchStats], sha
 def _header(metrics: dict, slots: int) -> str:
     config, held, prediction, latency = (metrics[key] for key in ("config", "expert_bytes", "prediction", "latency_ms"))
     guesses = " / ".join("none" if rate is None else f"{100 * rate:.1f}" for rate in (prediction["top1"], prediction["top3"]))
-    peak, total = held["resident_peak"], held["total"]
+    peak, total, executors = held["resident_peak"], held["total"], max(config["executors"], len(metrics["executors"]))
+    each = f"for each of {executors} Executors; in all " if executors > 1 else ""
     tiles = [
         ("rows answered", f"{metrics['samples']:,}", f"{metrics['tokens']:,} tokens"),
         ("rows per second", f"{metrics['samples_per_second']:,.1f}", f"{metrics['seconds']:,.1f} s in all"),
         *((name, f"{value:,.4g}", QUALITY.get(name, "")) for name, value in metrics["quality"].items()),
         ("resident at peak", _percent(peak, total), f"{_mb(peak)} of {_mb(total)}"),
-        ("budget", config["store"]["budget"], f"{slots:,} slots, {_mb(held['budget'])}"),
+        ("budget", config["store"]["budget"], f"{each}{slots:,} slots, {_mb(held['budget'])}"),
         ("hit rate", _percent(metrics["hit_rate"]), "of expert uses found a slot"),
         ("prediction", guesses, "% right, top-1 / top-3"),
         ("latency", f"{latency['p50']:,.1f} / {latency['p95']:,.1f}", "ms per batch, p50 / p95"),

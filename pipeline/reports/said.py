@@ -9,6 +9,7 @@ from pipeline.data import blank_lines
 from pipeline.losses import KINDS
 from pipeline.prepare import Prepared
 from pipeline.reports.output import METRICS, PREDICTIONS
+from predictor.registry import SILENT
 from predictor.stand_ins import Plan
 
 
@@ -31,6 +32,12 @@ def say_plan(prepared: Prepared, entries: list[dict[str, Any]]) -> None:
     )
     if prepared.stand_ins is not None:
         say(f"the rehearsal's stand-ins: {said_of(prepared.stand_ins)}")
+    kind, task = prepared.config.predictor.kind, prepared.config.task
+    if kind == "recent" and task != "generate":
+        say(
+            f"predictor.kind: recent predicts while a model writes, which task {task} does not: nothing will be copied ahead; "
+            "predictor.kind=rehearsal predictor.path=null predicts here"
+        )
     if entries:
         say(f"resuming: {sum(len(entry['results']) for entry in entries)} rows are done already")
 
@@ -47,7 +54,9 @@ def say_results(metrics: dict[str, Any], path: Path) -> None:
         metrics: what metrics.json holds.
         path: of the output directory.
     """
-    moved = metrics["copied_bytes"]
+    moved, executors = metrics["copied_bytes"], metrics["executors"]
+    budget, several = metrics["config"]["store"]["budget"], len(executors) > 1
+    of_each = f"; budget {budget} for each of {len(executors)} Executors" if several else ""
     quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
     say(
         f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s"
@@ -56,11 +65,11 @@ def say_results(metrics: dict[str, Any], path: Path) -> None:
     say(
         f"experts: {metrics['hit_rate'] or 0:.1%} of {metrics['uses']} uses found in a slot; {mb(moved['prefetch'])} prefetched, "
         f"{mb(moved['read_in_place'])} read in place; resident at most {mb(metrics['expert_bytes']['resident_peak'])} "
-        f"of {mb(metrics['expert_bytes']['total'])}"
+        f"of {mb(metrics['expert_bytes']['total'])}{of_each}"
     )
     say(f"moves: {metrics['moves'] / max(metrics['uses'], 1):.2f} experts copied or read in place per use; below 1 is reuse")
     never = metrics["expert_bytes"]["budget"] and not metrics["expert_bytes"]["resident_peak"]
-    if never and metrics["prediction"]["kind"] != "none":
+    if never and metrics["prediction"]["kind"] not in SILENT:
         say("nothing was copied: the predictor was never surer than not of an expert; train it on more rows like these")
     if "new_tokens" in metrics:
         each = metrics["ms_per_token"] or {"p50": 0.0}
@@ -68,8 +77,8 @@ def say_results(metrics: dict[str, Any], path: Path) -> None:
             f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
             f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
         )
-    if len(metrics["executors"]) > 1:
-        each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in metrics["executors"])
+    if several:
+        each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in executors)
         say(f"Executors: {each}")
     gone = ", ".join(f"{metrics['lost'][kind + 's']} {kind}" for kind in KINDS if metrics["lost"][kind + "s"])
     if gone:

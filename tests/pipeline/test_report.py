@@ -135,6 +135,12 @@ def test_headline_figures_are_those_of_metrics_json():
         assert sum(tile.startswith(expected) for tile in tiles) == 1, (expected, tiles)
 
 
+def test_a_budget_that_each_of_several_has_is_told_as_such():
+    page = page_of([replace(s, executor=number % 2) for number, s in enumerate(batches())])
+    tiles = [" ".join(tile.itertext()) for tile in parse(page).iter("div") if tile.get("class") == "tile"]
+    assert "budget 20% for each of 2 Executors; in all 12 slots, 3.0 MB" in tiles
+
+
 def test_page_needs_nothing_from_elsewhere():
     page = page_of(batches())
     assert not re.search(r"https?:|<script|<link|<img|src=|url\(|@import", page)
