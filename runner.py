@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, function, short, long, again)
         command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to run; see configs/")
         command.add_argument(
-            "overrides", nargs="*", metavar="key.path=value", help="replaces a value of the config, e.g. store.budget=10%%"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key.path=value",
+            help="replaces a value of the config, e.g. store.budget=10%%",
         )
 
     add_with_config("run", _run, "classify, score or generate over a data set", RUN, RESUMED)

@@ -116,7 +116,10 @@ def read_rows(config: DataConfig, labels: dict[str, str]) -> list[Row]:
                 raise DataError(f"{path}: row {number}: {column!r} is empty; remove the row")
         label = cell(config.label) if config.label else None
         if label is not None and labels and label not in labels:
-            raise DataError(f"{path}: row {number} has label {label!r}; `labels` knows {', '.join(labels)}")
+            raise DataError(
+                f"{path}: row {number} has label {label!r}; `labels` knows {', '.join(labels)}; name it there, or leave data.label "
+                "out to answer without judging"
+            )
         pair = " ".join(fields[1 : len(texts)]) or None
         rows.append(Row(config.prefix + fields[0], pair, label, fields[-1] if config.target else None, line))
     if not rows:

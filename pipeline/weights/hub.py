@@ -100,8 +100,14 @@ def _download(model: str, weights: list[str]) -> Path:
             directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, *weights[1:]], ignore_patterns=NOT_WANTED))
         return directory
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
+        if isinstance(error, LocalEntryNotFoundError):  # raised once nobody has answered
+            reason = f"the hub cannot be reached ({reason})"
         raise ModelError(f"{model}: neither a directory here nor a model that the hub gives: {reason}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _has_all(directory: Path) -> bool:
@@ -121,9 +127,8 @@ def _headers_of_the_hub(model: str) -> Headers:
         found = get_safetensors_metadata(model)
     except NotASafetensorsRepoError:
         raise ModelError(f"{model}: the hub has no safetensors of it, and pickled weights have no headers to plan with") from None
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{model}: the hub does not give the headers of its weights: {reason}") from None
+    except Exception as error:  # where nobody answers, one of the HTTP library's, and which library that is changes
+        raise ModelError(f"{model}: the hub does not give the headers of its weights: {_first_line(error)}") from None
     tensors = {}
     for file, header in found.files_metadata.items():
         for name, info in header.tensors.items():

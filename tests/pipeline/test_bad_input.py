@@ -134,7 +134,9 @@ def test_a_missing_column(refused, case):
 
 def test_a_label_outside_the_labels(refused, case):
     write_tsv(case.rows, labels=(0, 7))
-    assert f"{case.rows}: row 2 has label '7'; `labels` knows 0, 1" in refused()
+    message = refused()
+    assert f"{case.rows}: row 2 has label '7'; `labels` knows 0, 1" in message
+    assert "leave data.label out to answer without judging" in message
 
 
 def test_an_empty_file_and_one_with_a_header_only(refused, case):
@@ -404,12 +406,15 @@ def test_planning_pickled_weights(refused, case, monkeypatch, tmp_path):
 # the command line itself
 
 
-@pytest.mark.parametrize("arguments", [[], ["rum", "x.yaml"], ["run"]])
-def test_a_command_line_that_is_none_exits_with_2(arguments, capfd):
+@pytest.mark.parametrize(
+    ("arguments", "said"), [([], "COMMAND"), (["rum", "x.yaml"], "'rum'"), (["run"], "are required: CONFIG.yaml\n")]
+)
+def test_a_command_line_that_is_none_exits_with_2(arguments, said, capfd):
     with pytest.raises(SystemExit) as stopped:
         runner.main(arguments)
     assert stopped.value.code == 2
-    assert "usage: runner.py" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "usage: runner.py" in err and said in err
 
 
 def test_a_process_of_its_own_says_the_same_one_line(case):

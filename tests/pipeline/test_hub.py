@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from pipeline.errors import ModelError
-from pipeline.weights.hub import PICKLED, PICKLED_INDEX, local_checkpoint
+from pipeline.weights.hub import PICKLED, PICKLED_INDEX, headers, local_checkpoint
 from store.checkpoint import INDEX, SINGLE, Checkpoint
 from store.errors import CheckpointError
 
@@ -210,6 +211,22 @@ def test_a_hub_id_that_cannot_be_had_gives_one_line_that_names_it(tmp_path, monk
     message = refused(name)
     assert "neither a directory here nor a model that the hub gives" in message
     assert len(message) < 400
+
+
+def test_a_hub_that_cannot_be_reached_is_told_from_one_that_does_not_have_the_model(tmp_path, monkeypatch):
+    def nobody_answers(*arguments, **options):
+        raise LocalEntryNotFoundError("Got: ConnectError\nand much more")
+
+    def of_another_library(*arguments, **options):
+        raise Exception("[Errno -2] Name or service not known")  # httpx's are no OSError
+
+    monkeypatch.setattr("pipeline.weights.hub.snapshot_download", nobody_answers)
+    assert refused("some/model").endswith("the hub cannot be reached (Got: ConnectError)")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("pipeline.weights.hub.snapshot_download", lambda *arguments, **options: str(tmp_path))
+    monkeypatch.setattr("pipeline.weights.hub.get_safetensors_metadata", of_another_library)
+    with pytest.raises(ModelError, match=r"some/model: the hub does not give .*Name or service not known"):
+        headers("some/model")
 
 
 def test_a_missing_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
