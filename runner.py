@@ -24,7 +24,7 @@ Every key of a config is explained in docs/config.md. A value after a key is YAM
 Exit codes: 0 done; 1 something broke; 2 what was given cannot work, with one line that says why; 130 interrupted;
 143 stopped by SIGTERM.
 """
-RESUMED, ANEW = "the same command goes on where it stopped", "the same command begins anew"
+RESUMED, ANEW = "the same command does what is left", "the same command begins anew"
 
 
 def main(arguments: list[str] | None = None) -> int:

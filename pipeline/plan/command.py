@@ -60,8 +60,7 @@ def plan(config: Config) -> dict[str, Any]:
         print("no plan.trace: how many experts must move is not known; record one with `train`, predictor.kind=oracle")
     best = _knee(config, rows)
     report = _report(known, rows, best, link, pace) | {"trace": None if origin is None else origin.to_dict()}
-    batches = 0 if recorded is None else len(recorded.batches)
-    for line in _advice(config, known, rows, pace, batches, report):
+    for line in _advice(config, known, rows, pace, recorded, report):
         print(line)
     written = [write_whole(output / PLANS[0], json.dumps(report | {"config": config.to_dict()}, indent=1) + "\n")]
     if recorded is not None:
@@ -186,9 +185,11 @@ def table(rows: list[Expected], uses: int, fit: int, policy: str) -> list[str]:
 
 
 def _advice(
-    config: Config, known: Footprint, rows: list[Expected], pace: Pace | None, batches: int, report: dict[str, Any]
+    config: Config, known: Footprint, rows: list[Expected], pace: Pace | None, recorded: Recorded | None, report: dict[str, Any]
 ) -> list[str]:
-    lines = []
+    lines, batches, uses = [], 0, 0
+    if recorded is not None:
+        batches, uses = len(recorded.batches), recorded.routed.count
     if report["knee"] is not None:
         lines.append(f"the knee is at {report['knee']}: beyond it more slots save little")
     if pace is not None and pace.tried and batches:
@@ -199,7 +200,13 @@ def _advice(
             lines.append("computing is the bound under every budget: the link keeps up")
     lines.append(f"store.budget=auto would take {report['auto']['budget']}: {report['auto']['reason']}")
     own = report["auto"]["budget"] if config.store.budget == "auto" else config.store.budget
-    wanted = known.slots(own, "store.budget") * known.layout.slot_bytes
+    slots = known.slots(own, "store.budget")
+    wanted = slots * known.layout.slot_bytes
+    lines.append(f"store.budget: {own} is {slots} slots, {gb(wanted)}, {gb(known.free)} are free for experts")
     if wanted > known.free:
-        lines.append(f"store.budget: {own} is {gb(wanted)}, {gb(known.free)} are free for experts: `run` would refuse it")
+        lines[-1] += ": `run` would refuse it"
+    for row in rows:
+        if (row.budget, row.policy) == (own, config.store.policy):
+            rate = "" if row.samples_per_second is None else f", {row.samples_per_second:,.1f} rows/s"
+            lines[-1] += f"; {row.moves / max(uses, 1):.3f} moves per use under {row.policy}{rate}"
     return lines

@@ -20,7 +20,7 @@ from pipeline.executor import Executor
 from pipeline.plan import footprint as footprints
 from pipeline.plan.command import plan, table
 from pipeline.plan.expected import MIN, Expected, Pace, Routed, expect, knee, simulated
-from pipeline.plan.footprint import footprint
+from pipeline.plan.footprint import footprint, gb
 from pipeline.plan.provenance import provenance
 from pipeline.plan.recorded import replay
 from pipeline.predicting.train import train
@@ -149,6 +149,10 @@ def test_rows_for_every_budget_and_policy_with_the_bound_below(make, trace, aren
     assert report["trace"] == {"rows": 30, "rows_of_data": 30, "same_routers": True} and "warning" not in shown
     for text in ("offloading is pointless", "moves per use", "store.budget=auto would take 100%"):
         assert text in shown
+    own, slot = rows["40%", "lru"], report["bytes"]["slot"]
+    line = next(line for line in shown.splitlines() if line.startswith("store.budget: 40% is "))
+    assert line.startswith(f"store.budget: 40% is {own['slots']} slots, {gb(own['slots'] * slot)}, ")
+    assert f"; {own['moves'] / uses:.3f} moves per use under lru, " in line and "refuse" not in line
 
 
 def test_a_trace_of_other_data_or_another_model_is_told(make, trace, tmp_path):

@@ -204,7 +204,7 @@ def test_overlap_order_changes_no_answer_and_a_run_of_it_that_sigterm_ends_goes_
     AtRow(tmp_path / "out", 22, lambda: terminate(ended)).join()
     text, _ = ended.communicate()
     assert ended.returncode == 143, text
-    assert text.splitlines()[-1] == "stopped by SIGTERM; the same command goes on where it stopped"
+    assert text.splitlines()[-1] == "stopped by SIGTERM; the same command does what is left"
     assert "Traceback" not in text
     assert arenas(tmp_path) == []
     lines = read_jsonl(tmp_path / "out" / "journal.jsonl")
