@@ -294,8 +294,8 @@ def test_the_shipped_models_have_the_published_sizes(experts):
     assert layout.expert_bytes == 6 * experts * layout.slot_bytes  # 14.5 GB for 256
 
 
-def test_the_shipped_run_of_a_random_model_wants_a_tokenizer_from_the_hub_and_data_from_here():
+def test_the_shipped_run_of_a_random_model_wants_nothing_from_a_hub():
     config = load_config(ROOT / "configs" / "switch-base-8.yaml", [])
-    assert config.model.tokenizer == "google-t5/t5-base"
+    assert (ROOT / (config.model.tokenizer or "")).is_dir()
     assert (ROOT / (config.model.config or "")).is_file()
     assert (ROOT / (config.data.path or "")).is_file()
