@@ -128,7 +128,8 @@ class SlotExperts:
         # As transformers adds up: products in the wider dtype of both, a sum over a token's experts in their order, then rounded.
         products = torch.zeros(len(by_expert), tokens.shape[1], dtype=torch.promote_types(tokens.dtype, weights.dtype))
         with self._engine.reading(batch, self._layer, [expert for expert, _ in groups]) as blocks:
-            for (_, positions), block in zip(groups, blocks, strict=True):
+            for at, block in blocks:
+                positions = groups[at][1]
                 result = self._expert(block, tokens[positions // top_k])
                 products[positions] = (result * weights.reshape(-1)[positions, None]).to(products.dtype)
         return products.view(-1, top_k, tokens.shape[1]).sum(dim=1).to(tokens.dtype)

@@ -38,10 +38,12 @@ class CopyEngine(JustInTime):
             self._thread.start()
 
     @contextmanager
-    def reading(self, batch: int, layer: int, experts: Sequence[int]) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def reading(self, batch: int, layer: int, experts: Sequence[int]) -> Iterator[Iterator[tuple[int, dict[str, torch.Tensor]]]]:
         """The tensors of `experts` for one MoE layer of one forward, each where it is now: in its slot or in the arena.
 
-        Copies already under way are waited for (the same bytes must not cross the link twice); none is evicted while it is read.
+        In the order in which they are to be read: (index in `experts`, tensors), whose bytes are there until the next are asked for.
+        Then another may get the slot. Copies already under way are waited for (the same bytes must not cross the link twice); none
+        is evicted while it is read.
 
         Raises:
             RuntimeError: the copy thread broke.
@@ -49,23 +51,43 @@ class CopyEngine(JustInTime):
         with self._changed:
             self._check()
             # Decided once, before waiting: waiting gives the lock away, and an expert that comes meanwhile is not pinned.
-            held, kept = self._begin_reading(batch, layer, experts)
-        for key in kept:
+            readings = self._begin_reading(batch, layer, experts)
+        for key in readings.kept:
             self._fill(key, self.slots.room(key))
         with self._changed:
             start = time.perf_counter_ns()
-            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in held))
+            self._changed.wait_for(lambda: self._failure or all(self.slots.is_ready(key) for key in readings.held))
             self._movement.stall_ns += time.perf_counter_ns() - start
             self._check()
-            pinned = {*held, *kept}
-            weights = [self.slots.weights((layer, e), in_slot=(layer, e) in pinned) for e in experts]
+        pinned = {*readings.held, *readings.kept}
         try:
-            yield weights
+            yield self._in_turn([(layer, expert) for expert in experts], readings.heirs, pinned)
         finally:
             with self._changed:
                 for key in pinned:
                     self.slots.unpin(key)
             self._proceed()
+
+    def _in_turn(
+        self, keys: list[Key], heirs: dict[Key, Key], pinned: set[Key]
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """See `reading`. `pinned` changes with the slots' owners."""
+        for at, key in enumerate(keys):
+            if key not in heirs:
+                yield at, self._weights(key, key in pinned)
+        for heir, holder in heirs.items():
+            with self._changed:
+                inherits = self._inherits(heir, holder)
+                if inherits:
+                    pinned ^= {heir, holder}
+            if inherits:
+                self._fill(heir, self.slots.room(heir))
+            yield keys.index(heir), self._weights(heir, inherits)
+
+    def _weights(self, key: Key, in_slot: bool) -> dict[str, torch.Tensor]:
+        with self._changed:
+            self._check()
+            return self.slots.weights(key, in_slot)
 
     def close(self) -> None:
         """Stops the copy thread."""

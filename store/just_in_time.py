@@ -9,6 +9,10 @@ And who is read without having had a slot moves anyway: it may as well stay, if 
 worth less by the policy where no table wants either. So what no table foretells is kept as any cache keeps it, and wrong tables
 cost what no tables do.
 
+A CPU reads a layer's experts one after the other, so who goes may be one that the same layer has just read: those in slots are read
+first, and their slots may pass to those that are read after them (heirs). What is left in slots behind a layer is then what
+perfect foresight would leave there. Whoever can come so is not copied before its layer at the cost of one that should stay.
+
 Only policies that know the tables are held to this; the others take whom they like, as the papers have it.
 """
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from store.layout import Key
 from store.schedule import Schedule
@@ -30,6 +35,21 @@ a batch and a budget of 10, 20 and 40 %, this moves 1.28, 1.55 and 2.24 times wh
 1.33, 1.65 and 2.56."""
 
 
+@dataclass(frozen=True)
+class Readings:
+    """Where a layer's experts are read. Who is named here is pinned, heirs when they have come; the others are read in place.
+
+    Attributes:
+        held: have had a slot.
+        kept: have missed one and got it now, to be filled first.
+        heirs: have missed one; each gets that of a held one which has been read, see `_inherits`.
+    """
+
+    held: list[Key]
+    kept: list[Key]
+    heirs: dict[Key, Key]
+
+
 class JustInTime(Schedule):
     """A Schedule whose copies at another's cost come last of all."""
 
@@ -37,46 +57,87 @@ class JustInTime(Schedule):
     _ranked = -1
     """The position whose experts stand in the order in which they will be wanted again."""
 
-    def _begin_reading(self, batch: int, layer: int, experts: Sequence[int]) -> tuple[list[Key], list[Key]]:
-        """A forward reads experts of a layer, which is past now.
-
-        Returns: those that have had a slot, and those that have missed one and get it now, to be filled first. Both are pinned. The
-            others are read in place.
-        """
+    def _begin_reading(self, batch: int, layer: int, experts: Sequence[int]) -> Readings:
+        """A forward reads experts of a layer, which is past now."""
         position, keys = batch * self._layers + layer, [(layer, expert) for expert in experts]
         held = [key for key in keys if key in self.slots]
+        missed = [key for key in keys if key not in self.slots]
         for key in held:
             self.slots.pin(key)
         self._learn(position, experts)
         self._pass(position)
-        kept = [key for key in keys if key not in self.slots and self._stays(key)]
+        if self._policy.looks_ahead:
+            missed.sort(key=self._wanted_next)
+        kept, heirs = self._share_out(missed, set(held) if self._policy.looks_ahead else set())
         for key in keys:
             self._policy.used(key)
-        missed = len(keys) - len(held)
         self._movement.hits[layer] += len(held)
-        self._movement.misses[layer] += missed
-        self._movement.read_in_place_bytes += missed * self.slots.block_bytes((layer, 0))
-        return held, kept
+        self._movement.misses[layer] += len(missed)
+        self._movement.read_in_place_bytes += len(missed) * self.slots.block_bytes((layer, 0))
+        return Readings(held, kept, heirs)
 
-    def _stays(self, key: Key) -> bool:
-        """Gives a slot to an expert that is read now, if there is one for it."""
-        if not self.slots.has_free:
-            again = self._next_uses[key][0] if self._next_uses[key] else NEVER
-            victim = self._victim(again)
-            if victim is None or (again == NEVER and not self._policy.outlasts(key, victim)):
-                return False
-            self._evict(victim)
+    def _share_out(self, missed: list[Key], leaving: set[Key]) -> tuple[list[Key], dict[Key, Key]]:
+        """Gives slots to experts that are read now, as far as there are some for them.
+
+        Args:
+            missed: who has the first choice stands first.
+            leaving: whose slots are to be had when they have been read. Where no table wants either again, nobody changes places
+                with them: both have been used now.
+
+        Returns: who has one; who is to have whose.
+        """
+        kept: list[Key] = []
+        heirs: dict[Key, Key] = {}
+        for key in missed:
+            if not self.slots.has_free:
+                again = self._wanted_next(key)
+                victim = self._victim(again, leaving if again < NEVER else ())
+                if victim is None or (again == NEVER and not self._policy.outlasts(key, victim)):
+                    continue
+                if victim in leaving:
+                    leaving.remove(victim)
+                    heirs[key] = victim
+                    continue
+                self._evict(victim)
+            self._take_slot(key)
+            kept.append(key)
+        return kept, heirs
+
+    def _inherits(self, heir: Key, holder: Key) -> bool:
+        """Gives an expert the slot, and the pin, of one that has been read; False, and nothing done: others have moved since."""
+        self.slots.unpin(holder)
+        if heir in self.slots or not self.slots.is_evictable(holder):
+            self.slots.pin(holder)
+            return False
+        self._evict(holder)
+        self._take_slot(heir)
+        return True
+
+    def _take_slot(self, key: Key) -> None:
         self._policy.admitted(key)
         self.slots.admit(key)
         self.slots.pin(key)
-        return True
 
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
         if position > self._now:
             return None
         if not self._next_uses[victim] and self._wanted_again(key, position) == NEVER:
             return self._policy.outlasts(key, victim)
-        return self._is_worth(key, position, victim)
+        return self._is_worth(key, position, victim) and not self._may_stay(victim, position)
+
+    def _may_stay(self, victim: Key, position: int) -> bool:
+        """Whether all that `position` brings and that is worth more than `victim` will find slots of others that it reads."""
+        if not self._next_uses[victim]:
+            return False
+        at = self._next_uses[victim][0]
+        leaving = heirs = 0
+        for key in self._wanted[position]:
+            again = self._wanted_again(key, position)
+            if key in self.slots:
+                leaving += again > at
+            else:
+                heirs += again < at
+        return heirs <= leaving
 
     def _open_queue(self) -> list[tuple[int, float, Key]] | None:
         """Whoever is wanted again soonest gets the place of whoever is wanted last; the last in line are read in place."""
@@ -89,6 +150,10 @@ class JustInTime(Schedule):
             for key in due:
                 heapq.heappush(queue, (now, self._wanted_again(key, now), key))
         return queue or None
+
+    def _wanted_next(self, key: Key) -> int:
+        uses = self._next_uses[key]
+        return uses[0] if uses else NEVER
 
     def _wanted_again(self, key: Key, position: int) -> int:
         uses = self._next_uses[key]

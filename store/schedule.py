@@ -20,7 +20,7 @@ import bisect
 import heapq
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -285,12 +285,12 @@ class Schedule:
             if probability >= self.worth_copying:
                 heapq.heappush(self._queue, (uses[0], 1 - probability, victim))
 
-    def _victim(self, position: int) -> Key | None:
-        """The first by the policy's order that no forward reads and no table wants before `position`."""
+    def _victim(self, position: int, leaving: Collection[Key] = ()) -> Key | None:
+        """The first by the policy's order that no table wants before `position` and no forward reads, but for those `leaving`."""
         for key in self._policy.order():
             uses = self._next_uses[key]
             if not uses or uses[0] > position:
-                if self.slots.is_evictable(key):
+                if self.slots.is_evictable(key) or key in leaving:
                     return key
             elif self._policy.looks_ahead and (uses[0], key) not in self._probability:
                 return None  # all behind a certain one are wanted sooner

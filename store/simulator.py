@@ -80,10 +80,15 @@ class Simulation(JustInTime):
 
     def read(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         """A MoE layer's forward."""
-        held, kept = self._begin_reading(batch, layer, experts)
-        for key in kept:
+        readings = self._begin_reading(batch, layer, experts)
+        pinned = {*readings.held, *readings.kept}
+        for key in readings.kept:
             self.slots.complete(key)
-        for key in (*held, *kept):
+        for heir, holder in readings.heirs.items():
+            if self._inherits(heir, holder):
+                self.slots.complete(heir)
+                pinned ^= {heir, holder}
+        for key in pinned:
             self.slots.unpin(key)
         self._proceed()
 

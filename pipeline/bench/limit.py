@@ -2,7 +2,8 @@
 
 A cache with perfect foresight (Belady's MIN, with the choice not to keep an expert at all) still moves what does not fit; the
 link moves it no faster than it moves anything; and a model whose experts are all on the device has its own time. The larger of
-the two is the limit.
+the two is the limit. A layer's experts may run in any order, so those that are there run first: whoever comes may have the slot of
+any of them, and a layer moves what is not there when it begins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def fewest_moves(uses: Sequence[Sequence[Key]], slots: int, rounds: int = 2) -> 
     """Moves that a cache of `slots` experts needs for a sequence of MoE layers that comes again and again, per time that it comes.
 
     Args:
-        uses: the experts that each layer of each batch reads, in the order of execution.
+        uses: the experts that each layer of each batch reads, each once, in the order of execution.
         rounds: the sequence is repeated so often, and the moves of the last time are counted, in a cache that is warm.
     """
     if slots == 0:
@@ -52,11 +53,11 @@ def fewest_moves_each(uses: Sequence[Sequence[Key]], slots: int) -> list[int]:
             moves += key not in resident
             resident[key] = next_use[at]
             heapq.heappush(farthest, (-next_use[at], key))
-            while len(resident) > slots:
-                use, victim = heapq.heappop(farthest)
-                if resident.get(victim) == -use:
-                    del resident[victim]
             at += 1
+        while len(resident) > slots:
+            use, victim = heapq.heappop(farthest)
+            if resident.get(victim) == -use:
+                del resident[victim]
         each.append(moves)
     return each
 

@@ -185,7 +185,7 @@ def moves_one_by_one(history: History) -> Iterator[dict[str, Any]]:
         slots = [parse_budget(budget, count, 1, count, "bench.budgets") for count in shape.experts]
         runs = [[batch[layer] for batch in history.uses] for layer in range(shape.layers)]
         fewest = sum(
-            fewest_moves([[(0, expert) for expert in run] for run in runs[layer]], slots[layer], rounds=1)
+            fewest_moves([[(0, expert)] for run in runs[layer] for expert in run], slots[layer], rounds=1)
             for layer in range(shape.layers)
         )
         for policy in ONE_BY_ONE:

@@ -175,17 +175,18 @@ class World:
         self.future = [(at, key) for at, key in self.future if at != now]
         with self.engine.reading(batch, layer, experts) as views:
             start, end = self.slots.memory.data_ptr(), self.slots.memory.data_ptr() + self.slots.memory.numel()
-            self.reading = [
-                (layer, e) for e, view in zip(experts, views, strict=True) if start <= view["w"].data_ptr() < end
-            ]  # these must stay where they are
-            for moment in ("first look", "second look"):
-                for expert, view in zip(experts, views, strict=True):
+            seen = []
+            for at, view in views:
+                expert = experts[at]
+                seen.append(expert)
+                self.reading = [(layer, expert)] if start <= view["w"].data_ptr() < end else []  # must stay where it is
+                for moment in ("first look", "second look"):
                     assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
-                self.check()
-                self.let_others_move(moment)
-            for expert, view in zip(experts, views, strict=True):
+                    self.check()
+                    self.let_others_move(moment)
                 assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
-            self.reading = []
+                self.reading = []
+            assert sorted(seen) == sorted(experts)
 
     def let_others_move(self, where: str) -> None:
         """Any number of steps of the others, in any order."""

@@ -323,8 +323,8 @@ def moves_of(policy: str, trace: Trace, experts: int, slots: int, lookahead: int
             engine.plan(planned, [[(expert, 1.0) for expert in layer] for layer in trace[planned]])
         if (batch := planned - lookahead) >= 0:
             for layer, used in enumerate(trace[batch]):
-                with engine.reading(batch, layer, used):
-                    pass
+                with engine.reading(batch, layer, used) as blocks:
+                    assert len([*blocks]) == len(used)
             engine.finish(batch)
     moved = engine.take()
     return (moved.prefetch_bytes + moved.read_in_place_bytes) // 256

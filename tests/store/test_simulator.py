@@ -51,8 +51,9 @@ def by_the_engine(policy: str, slots: int, uses: Uses, tables: Tables, lookahead
             engine.plan(planned, tables[planned])
         if (batch := planned - lookahead) >= 0:
             for layer, experts in enumerate(uses[batch]):
-                with engine.reading(batch, layer, experts):
-                    pass
+                with engine.reading(batch, layer, experts) as blocks:
+                    for at, block in blocks:
+                        assert torch.equal(block["w"], arena.block(layer, experts[at]))
             engine.finish(batch)
             moved.append(engine.take())
     return moved
