@@ -41,9 +41,9 @@ class CopyEngine(JustInTime):
     def reading(self, batch: int, layer: int, experts: Sequence[int]) -> Iterator[Iterator[tuple[int, dict[str, torch.Tensor]]]]:
         """The tensors of `experts` for one MoE layer of one forward, each where it is now: in its slot or in the arena.
 
-        In the order in which they are to be read: (index in `experts`, tensors), whose bytes are there until the next are asked for.
-        Then another may get the slot. Copies already under way are waited for (the same bytes must not cross the link twice); none
-        is evicted while it is read.
+        In the order in which they are to be read: (index in `experts`, tensors). The bytes are there until the next are asked for;
+        then another may get the slot. Copies already under way are waited for (the same bytes must not cross the link twice);
+        none is evicted while it is read.
 
         Raises:
             RuntimeError: the copy thread broke.
@@ -68,9 +68,7 @@ class CopyEngine(JustInTime):
                     self.slots.unpin(key)
             self._proceed()
 
-    def _in_turn(
-        self, keys: list[Key], heirs: dict[Key, Key], pinned: set[Key]
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def _in_turn(self, keys: list[Key], heirs: dict[Key, Key], pinned: set[Key]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """See `reading`. `pinned` changes with the slots' owners."""
         for at, key in enumerate(keys):
             if key not in heirs:

@@ -91,7 +91,7 @@ class JustInTime(Schedule):
         for key in missed:
             if not self.slots.has_free:
                 again = self._wanted_next(key)
-                victim = self._victim(again, leaving if again < NEVER else ())
+                victim = self._first_to_go(again, leaving if again < NEVER else ())
                 if victim is None or (again == NEVER and not self._policy.outlasts(key, victim)):
                     continue
                 if victim in leaving:

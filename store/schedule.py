@@ -285,7 +285,10 @@ class Schedule:
             if probability >= self.worth_copying:
                 heapq.heappush(self._queue, (uses[0], 1 - probability, victim))
 
-    def _victim(self, position: int, leaving: Collection[Key] = ()) -> Key | None:
+    def _victim(self, position: int) -> Key | None:
+        return self._first_to_go(position)
+
+    def _first_to_go(self, position: int, leaving: Collection[Key] = ()) -> Key | None:
         """The first by the policy's order that no table wants before `position` and no forward reads, but for those `leaving`."""
         for key in self._policy.order():
             uses = self._next_uses[key]

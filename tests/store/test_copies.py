@@ -508,6 +508,48 @@ def test_nobody_is_evicted_while_being_read(make):
     assert resident(engine, (0, A), (0, B)) == [False, True]
 
 
+def test_who_is_wanted_sooner_gets_the_slot_of_one_that_its_layer_has_read(make):
+    """B has none, and A, beside it, is wanted later: A is read first, then B comes in its place and is there the next time."""
+    engine = make(1, LookAhead)
+    for batch, experts in enumerate([[A], [B, A], [B], [A]]):
+        engine.plan(batch, sure(experts, []))
+    read(engine, 0, 0, A)
+    with engine.reading(1, 0, [B, A]) as views:
+        at, view = next(views)
+        assert at == 1 and resident(engine, (0, A), (0, B)) == [True, False]
+        at, view = next(views)
+        assert at == 0 and resident(engine, (0, A), (0, B)) == [False, True]
+        assert view["w"].data_ptr() == engine.slots.memory.data_ptr(), "it is not read where it lies"
+        assert not engine.slots.is_evictable((0, B))
+    read(engine, 2, 0, B)
+    moved = engine.take()
+    assert (moved.hits, moved.misses, moved.prefetch_bytes // BLOCK) == ([3, 0], [1, 0], 1)
+    assert not any(engine.slots._pins.values())
+
+
+def test_who_should_have_inherited_is_read_where_it_lies_if_the_slot_is_read_elsewhere_too(make):
+    engine = make(1, LookAhead)
+    for batch, experts in enumerate([[A], [B, A], [B], [A]]):
+        engine.plan(batch, sure(experts, []))
+    read(engine, 0, 0, A)
+    with engine.reading(9, 0, [A]) as others:
+        next(others)
+        read(engine, 1, 0, B, A)
+        assert resident(engine, (0, A), (0, B)) == [True, False]
+    assert not any(engine.slots._pins.values())
+
+
+def test_an_heir_whose_turn_never_comes_moves_nothing(make):
+    engine = make(1, LookAhead)
+    for batch, experts in enumerate([[A], [B, A], [B], [A]]):
+        engine.plan(batch, sure(experts, []))
+    read(engine, 0, 0, A)
+    with pytest.raises(ZeroDivisionError), engine.reading(1, 0, [B, A]) as views:
+        next(views)
+        raise ZeroDivisionError
+    assert not any(engine.slots._pins.values())
+
+
 def test_an_error_in_the_forward_gives_up_what_it_read(make):
     engine = make(1)
     engine.plan(0, sure([A], []))

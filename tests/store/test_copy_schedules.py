@@ -16,7 +16,7 @@ import torch
 
 from store.arena import Arena, build
 from store.copies import CopyEngine
-from store.eviction import FIFO, LRU
+from store.eviction import FIFO, LRU, LookAhead
 from store.just_in_time import KNOWN, NEVER, SURE
 from store.layout import ArenaLayout, Key
 from store.slots import Slots
@@ -183,7 +183,7 @@ class World:
                 for moment in ("first look", "second look"):
                     assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
                     self.check()
-                    self.let_others_move(moment)
+                    self.let_others_move(f"{moment} at {at}")
                 assert torch.equal(view["w"], self.arena.block(layer, expert)), "other bytes than the arena's"
                 self.reading = []
             assert sorted(seen) == sorted(experts)
@@ -292,6 +292,8 @@ class World:
         missing = [at for key, at in first.items() if key not in self.slots and (at, key) not in self.unsure]
         if missing and self.slots.count:
             assert not self.slots.has_free, "rests beside a free slot"
+            if self.engine._policy.looks_ahead:
+                return  # it waits on purpose
             late = [key for key in self.slots._slot_of if all(use > min(missing) for use, wanted in self.future if wanted == key)]
             assert not any(self.slots.is_evictable(key) for key in late), "rests though one may go"
 
@@ -357,6 +359,17 @@ CASES = {
         other=[("plan", 2, sure([C])), ("plan", 0, sure([A])), ("plan", 1, sure([B]))],
         most_hits=3,
     ),
+    "a slot passes from one to another of the same layer": Case(
+        slots=1,
+        reader=[
+            *(("plan", batch, sure(uses)) for batch, uses in enumerate([[A], [B, A], [B], [C]])),
+            *(("read", 0, 0, [A]), ("read", 1, 0, [B, A]), ("read", 2, 0, [B])),
+        ],
+        other=[("finish", 1), ("plan", 4, sure([A]))],
+        policy=LookAhead,
+        most_hits=3,
+        least_hits=2,
+    ),
     "three batches compete for two slots": Case(
         slots=2,
         reader=[
@@ -408,7 +421,7 @@ def random_case(seed: int) -> Case:
         reader,
         other,
         ((experts, 256), (experts, rng.choice((256, 768)))),
-        rng.choice((FIFO, LRU)),
+        rng.choice((FIFO, LRU, LookAhead)),
     )
 
 
