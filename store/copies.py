@@ -70,22 +70,19 @@ class CopyEngine(JustInTime):
 
     def _in_turn(self, keys: list[Key], heirs: dict[Key, Key], pinned: set[Key]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """See `reading`. `pinned` changes with the slots' owners."""
-        for at, key in enumerate(keys):
-            if key not in heirs:
-                yield at, self._weights(key, key in pinned)
+        with self._changed:
+            there = [(at, self.slots.weights(key, key in pinned)) for at, key in enumerate(keys) if key not in heirs]
+        yield from there
+        places = {key: at for at, key in enumerate(keys)} if heirs else {}
         for heir, holder in heirs.items():
             with self._changed:
+                self._check()
                 inherits = self._inherits(heir, holder)
                 if inherits:
                     pinned ^= {heir, holder}
             if inherits:
                 self._fill(heir, self.slots.room(heir))
-            yield keys.index(heir), self._weights(heir, inherits)
-
-    def _weights(self, key: Key, in_slot: bool) -> dict[str, torch.Tensor]:
-        with self._changed:
-            self._check()
-            return self.slots.weights(key, in_slot)
+            yield places[heir], self.slots.weights(heir, inherits)  # pinned, or read in place: nobody changes where it is
 
     def close(self) -> None:
         """Stops the copy thread."""
