@@ -47,8 +47,8 @@ class Prepared:
     Attributes:
         identity: names data and model, and what else decides the answers; equal for copies of the same files.
         truncated: rows that were longer than `batch.max_tokens`.
-        started_in: what relative paths are relative to, for processes that work elsewhere and when it has been removed, as
-            Ray removes a job's.
+        predictor_path: not relative: for processes that work elsewhere, and when this one's directory has been removed, as Ray
+            removes a job's.
     """
 
     config: Config
@@ -70,7 +70,7 @@ class Prepared:
     stand_in_bytes: int
     """Those of a rehearsal, wherever they lie."""
     identity: str
-    started_in: Path
+    predictor_path: Path | None
 
     @property
     def budget_bytes(self) -> int:
@@ -91,7 +91,7 @@ class Prepared:
             made: the stand-ins that were made for a rehearsal.
         """
         config = self.config.predictor
-        path = made or (self.started_in / config.path if config.path else None)
+        path = made or self.predictor_path
         device = self.device if self.predictor_device == "executor" else self.predictor_device
         shape, seed = self.model.shape, self.config.seed
         return PredictorSpec(config.kind, path, config.named(shape.top_k), shape, identity, seed, config.mass, self.slots, device)
@@ -162,7 +162,7 @@ def prepare(config: Config) -> Prepared:
         plan,
         stand_in_bytes,
         identity,
-        Path.cwd(),
+        Path(config.predictor.path).absolute() if config.predictor.path else None,
     )
 
 

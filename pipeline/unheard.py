@@ -14,7 +14,8 @@ def unheard(stream: TextIO) -> TextIO:
     """Writes where `stream`, which has a file descriptor, writes; nowhere once nobody reads there."""
     stream.flush()
     raw = _ToWhoeverReads(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=raw.isatty())
+    at_once = getattr(stream, "write_through", False)  # `python -u`, as Ray runs a job, whose log is read meanwhile
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=at_once or raw.isatty())
 
 
 class _ToWhoeverReads(io.FileIO):

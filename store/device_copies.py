@@ -65,7 +65,7 @@ class DeviceCopyEngine(JudgedSchedule):
         self._spoken: dict[int, int] = {}  # position -> experts that its router has named, until the policy has been told
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._asked = -1  # the position whose router has spoken last
-        self._followed: list[Mark] = []  # where the compute lane waits for copies by itself, as far as it has not been reckoned
+        self._followed: deque[Mark] = deque()  # where the compute lane waits by itself, as far as not reckoned yet
         self._failure: BaseException | None = None
         self._closed = False
         self.is_complete = False
@@ -158,6 +158,8 @@ class DeviceCopyEngine(JudgedSchedule):
     def finish(self, batch: int) -> None:
         with self._changed:
             self._enqueuing = False
+            self._awaited.clear()
+            self._reckon()
             self._catch_up()
             self._spoken = {later: experts for later, experts in self._spoken.items() if later >= (batch + 1) * self._layers}
             super().finish(batch)
@@ -203,9 +205,7 @@ class DeviceCopyEngine(JudgedSchedule):
 
     def take(self) -> Movement:
         with self._changed:
-            reached = [mark for mark in self._followed if mark.is_reached()]
-            self._followed = self._followed[len(reached) :]  # they are reached in order
-            self._movement.stall_ns += sum(end - begin for begin, end in (mark.span() for mark in reached))
+            self._reckon()
             return super().take()
 
     def close(self) -> None:
@@ -223,6 +223,12 @@ class DeviceCopyEngine(JudgedSchedule):
         if len(self._unread) >= self._part and not all(key in self.slots for key in self._awaited):
             return False
         return self._is_coming()
+
+    def _reckon(self) -> None:
+        """Adds up what the compute lane has waited for copies, as far as it has come."""
+        while self._followed and self._followed[0].is_reached():
+            begin, end = self._followed.popleft().span()
+            self._movement.stall_ns += end - begin
 
     def _may_follow(self) -> bool:
         """Whether those awaited may be left to the compute lane: all of them are on their way."""

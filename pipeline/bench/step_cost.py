@@ -35,6 +35,7 @@ from pipeline.reports.metrics import versions
 from pipeline.reports.output import write_whole
 from pipeline.stopping import stoppable
 from pipeline.tasks.generate import Generate
+from predictor.registry import STEPPING
 from predictor.stepping import Foresight
 from predictor.stepping import Uses as Named
 from predictor.tokens import RoutingShape, TokenBatch
@@ -121,6 +122,8 @@ def compare(config: Config) -> dict[str, Any]:
     prepared = prepare(config)
     if not isinstance(prepared.task, Generate) or prepared.model.is_encoder_decoder:
         raise ConfigError("task: only a decoder that writes (task: generate) has steps")
+    if config.predictor.kind not in STEPPING:
+        raise ConfigError(f"predictor.kind: {config.predictor.kind} asks no routers while a model writes; take recent")
     texts = texts_of(config, prepared)
     report: dict[str, Any] = {"config": config.to_dict(), "hardware": hardware(prepared.device), "versions": versions(), "rows": []}
     output = Path(config.output_dir)

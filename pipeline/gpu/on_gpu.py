@@ -24,6 +24,7 @@ from pipeline.expert_shape import ExpertShape
 from pipeline.gpu.graphs import MASKS, GraphedForward, Outputs
 from pipeline.gpu.layers import Counters, CurrentForward, DeviceExperts, DeviceForward
 from pipeline.gpu.packed import Packed, Packing, Tables
+from pipeline.gpu.recording import TRIES
 from pipeline.gpu.replays import Replays
 from pipeline.gpu.work import GPUWork
 from pipeline.gpu.writing import GPUWriting
@@ -45,9 +46,6 @@ from store.staged_copies import StagedCopyEngine
 
 ASKED = "pieces: routers asked"
 """How a batch ran whose table was not heeded (store/doubt.py)."""
-
-TRIES = 2
-"""Recordings of a shape that may fail: what broke one may have been no fault of the model's."""
 
 SWITCH_S = 0.00005
 """Python's threads take turns so often: at its own 5 ms the copy thread would let the link idle while another thread computes."""
@@ -196,6 +194,7 @@ class OnGPU:
         try:  # both at once: what is needed changes from batch to batch, and recording takes as long as several of them
             complete = self.engine.is_complete  # asked once: the copy thread may end in between, and neither would be recorded
             if graphed.record(whole=not self.asks or complete, pieces=not complete):
+                self._failed.pop(shape, None)
                 self.look_at_memory()
         except RuntimeError as error:
             self._failed[shape] += 1

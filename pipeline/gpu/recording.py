@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
+TRIES = 2
+"""Recordings of the same that may fail: what broke one may have been no fault of the model's."""
+
 _RECORDING = threading.Lock()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.data import pad
-from pipeline.gpu.recording import closed, undisturbed
+from pipeline.gpu.recording import TRIES, closed, undisturbed
 from pipeline.routing import Routing
 from predictor.tokens import TokenBatch
 
@@ -49,7 +49,7 @@ class NamedExperts:
         self._stream, self._device = stream, device
         self._seen: OrderedDict[Key, tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor] | None] = OrderedDict()
         """By shape, the last used at the end. None: it has been seen, and may be recorded when it comes again."""
-        self._is_refused = stream is None
+        self._is_refused, self._failed = stream is None, 0
 
     @torch.inference_mode()
     def __call__(
@@ -117,7 +117,8 @@ class NamedExperts:
                     said = self._name(inputs, temperatures, top_k)
         except RuntimeError as error:
             print(f"rehearsal without a CUDA graph: {str(error).splitlines()[0]}", flush=True)
-            self._is_refused = True  # other shapes would be, too
+            self._failed += 1
+            self._is_refused = self._failed == TRIES  # other shapes would be, too
             return None
         return graph, inputs, said
 

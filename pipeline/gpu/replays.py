@@ -25,6 +25,7 @@ import torch
 
 from pipeline.gpu.graphs import GraphedForward
 from pipeline.gpu.layers import CurrentForward, DeviceForward
+from pipeline.gpu.recording import TRIES
 from pipeline.predicting.next_layer import NextLayer
 from pipeline.prepare import ACTIVATION_BYTES
 from pipeline.tasks.fixed_step import FixedStep, why_not_fixed
@@ -48,6 +49,7 @@ class Recording:
 
     Attributes:
         why_not: it could not be recorded.
+        failed: how often it could not.
         warm: it has run once, so that its kernels are compiled.
     """
 
@@ -55,6 +57,7 @@ class Recording:
     graphs: GraphedForward | None
     why_not: str | None
     warm: bool = False
+    failed: int = 0
 
 
 class Replays:
@@ -112,7 +115,9 @@ class Replays:
             self._current.ahead = self._hears
             kept.graphs.record(whole=False, pieces=self.asks and not complete)
         except RuntimeError as error:
-            kept.why_not = str(error).splitlines()[0]
+            kept.failed += 1
+            if kept.failed == TRIES:
+                kept.why_not = str(error).splitlines()[0]
             kept.graphs = None
         return kept.graphs
 

@@ -54,9 +54,9 @@ def say_results(metrics: dict[str, Any], path: Path) -> None:
         metrics: what metrics.json holds.
         path: of the output directory.
     """
-    moved, executors = metrics["copied_bytes"], metrics["executors"]
-    budget, several = metrics["config"]["store"]["budget"], len(executors) > 1
-    of_each = f"; budget {budget} for each of {len(executors)} Executors" if several else ""
+    moved, executors, config = metrics["copied_bytes"], metrics["executors"], metrics["config"]
+    count = max(config["executors"], len(executors))  # one may not have answered a batch
+    of_each = f"; budget {config['store']['budget']} for each of {count} Executors" if count > 1 else ""
     quality = ", ".join(f"{name} {value:.4g}" for name, value in metrics["quality"].items())
     say(
         f"{metrics['samples']} rows in {metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f}/s"
@@ -77,7 +77,7 @@ def say_results(metrics: dict[str, Any], path: Path) -> None:
             f"written: {metrics['new_tokens']} tokens, {metrics['new_tokens_per_second']:.1f}/s; first after "
             f"{metrics['ms_to_first_token']['p50']:.1f} ms, then one every {each['p50']:.1f} ms (medians)"
         )
-    if several:
+    if len(executors) > 1:
         each = ", ".join(f"{e['batches']} batches with {e['hit_rate'] or 0:.1%} found" for e in executors)
         say(f"Executors: {each}")
     gone = ", ".join(f"{metrics['lost'][kind + 's']} {kind}" for kind in KINDS if metrics["lost"][kind + "s"])

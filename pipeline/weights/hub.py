@@ -128,7 +128,8 @@ def _headers_of_the_hub(model: str) -> Headers:
     except NotASafetensorsRepoError:
         raise ModelError(f"{model}: the hub has no safetensors of it, and pickled weights have no headers to plan with") from None
     except Exception as error:  # where nobody answers, one of the HTTP library's, and which library that is changes
-        raise ModelError(f"{model}: the hub does not give the headers of its weights: {_first_line(error)}") from None
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(f"{model}: the hub does not give the headers of its weights: {reason}") from None
     tensors = {}
     for file, header in found.files_metadata.items():
         for name, info in header.tensors.items():

@@ -44,7 +44,7 @@ def test_the_end_tells_the_budget_of_each_and_blames_no_predictor_that_makes_no_
         "quality": {},
         "expert_bytes": {"resident_peak": 0, "total": 9_000_000, "budget": 4},
         "lost": {f"{kind}s": 0 for kind in ("driver", "machine", "store", "executor", "predictor", "member")},
-        "config": {"store": {"budget": "20%"}},
+        "config": {"executors": executors, "store": {"budget": "20%"}},
     }
     say_results(metrics, Path("out"))
     out = capsys.readouterr().out

@@ -713,9 +713,9 @@ def test_what_nobody_copies_is_not_waited_for(make):
 
 
 @pytest.mark.parametrize("together", ["the reader plans", "another plans and cancels", "two read"])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 18])
+@pytest.mark.parametrize(("count", "policy"), [(0, LRU), (1, LRU), (2, LRU), (5, LRU), (18, LRU), (5, LookAhead), (9, LookAhead)])
 def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_read(
-    arena_dir, hasty_threads, monkeypatch, count, together
+    arena_dir, hasty_threads, monkeypatch, count, policy, together
 ):
     layers, experts, nbytes, batches, ahead = 3, 6, 16 * 1024, 150, 4
     arena = make_arena(arena_dir / "a", [(experts, nbytes)] * layers)
@@ -726,7 +726,7 @@ def test_under_stress_every_view_holds_the_arenas_bytes_for_as_long_as_it_is_rea
     slots.memory.fill_(0xEE)
     with monkeypatch.context() as patched:
         patched.setattr(threading, "Condition", LateToWake)
-        engine = watch(CopyEngine(watched, slots, LRU()))
+        engine = watch(CopyEngine(watched, slots, policy()))
     asked: list[int] = []
     done = threading.Event()
 

@@ -103,6 +103,19 @@ def resident(engine: DeviceCopyEngine, *keys: Key) -> list[bool]:
     return [engine.slots.is_ready(key) for key in keys]
 
 
+class Waited:
+    """A mark of the compute lane; the last answer is given for ever."""
+
+    def __init__(self, ns: int, reached: list[bool]):
+        self._ns, self._reached = ns, reached
+
+    def is_reached(self) -> bool:
+        return self._reached.pop(0) if len(self._reached) > 1 else self._reached[0]
+
+    def span(self) -> tuple[int, int]:
+        return 7, 7 + self._ns
+
+
 def stage(engine: DeviceCopyEngine, batch: int, layer: int) -> bool:
     """Whether those that are there should be read first."""
     in_parts: list[bool] = []
@@ -603,6 +616,16 @@ def test_behind_a_demand_the_compute_lane_waits_for_copies_and_the_host_does_not
     assert lanes.has_run((0, 0))
 
 
+def test_what_the_compute_lane_has_waited_counts_as_far_as_it_has_come_and_once(make):
+    engine = make(3)
+    waits = [Waited(10, [False, True]), Waited(300, [True]), Waited(5000, [False])]
+    engine._followed.extend(waits)
+    assert engine.take().stall_ns == 0  # the first had not ended, when it was asked
+    engine.finish(0)
+    assert engine.take().stall_ns == 310
+    assert list(engine._followed) == waits[2:]
+
+
 def test_a_copy_that_cannot_begin_is_told_to_whoever_comes_later(make, monkeypatch):
     engine = make(3)
 
@@ -669,7 +692,7 @@ def test_a_demand_in_the_midst_of_a_plan_is_not_forgotten(make):
 
     engine.plan(0, uses())
     stage(engine, 0, 1)
-    assert resident(engine, (1, A), (1, B)) == [True, True]
+    until(lambda: resident(engine, (1, A), (1, B)) == [True, True])
     engine.passed(0, 1)
     engine.finish(0)
     assert not engine._wanted
