@@ -122,6 +122,15 @@ def save_atomically(tensors: dict[str, np.ndarray], path: Path, metadata: dict[s
         beside.unlink(missing_ok=True)
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file that is there is one that `save_atomically` wrote, be it a trace or a predictor's."""
+    try:
+        with safe_open(path, "np") as f:
+            return "kind" in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_checked(path: Path, kind: str, identity: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a file that `save_atomically` wrote.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from predictor import traces
 
 STATE, JOURNAL, PREDICTIONS, METRICS = "run.json", "journal.jsonl", "predictions.jsonl", "metrics.json"
 NOT_RESULTS = ("output_dir", "cluster", "executors", "train", "bench", "plan", "store.keep", "store.backing", "store.directory")
@@ -159,10 +160,12 @@ def check_writable(path: Path, key: str) -> None:
     """Before the work, not after it.
 
     Raises:
-        ConfigError: the file that `key` names cannot be written.
+        ConfigError: the file that `key` names cannot be written, or is another's, such as a model's weights.
     """
     if path.is_dir():
         raise ConfigError(f"{key}: {path} is a directory; name the file to write")
+    if path.is_file() and not traces.is_own(path):
+        raise ConfigError(f"{key}: {path} is there, and neither a predictor's file nor a trace; name another, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(path.parent, os.W_OK)

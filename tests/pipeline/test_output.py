@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.config import Config, parse
 from pipeline.errors import ConfigError
-from pipeline.reports.output import JOURNAL, METRICS, PREDICTIONS, STATE, InOrder, OutputDir
+from pipeline.reports.output import JOURNAL, METRICS, PREDICTIONS, STATE, InOrder, OutputDir, check_writable
+from predictor.traces import save_atomically
 from tests.conftest import ROOT, read_jsonl
 
 
@@ -280,3 +282,13 @@ def test_predictions_appear_in_input_order_though_batches_complete_in_any(tmp_pa
         assert [row["index"] for row in read_jsonl(path)] == list(range(whole))
     predictions.close()
     assert read_jsonl(path) == [{"index": row, "label": row % 2} for row in range(23)]
+
+
+def test_what_another_wrote_is_not_written_over(tmp_path):
+    weights, own = tmp_path / "model.safetensors", tmp_path / "own.safetensors"
+    save_file({"w": np.zeros(2)}, weights, {"format": "pt"})
+    save_atomically({"w": np.zeros(2)}, own, {"kind": "trace"})
+    check_writable(own, "trace.save")
+    check_writable(tmp_path / "new.safetensors", "trace.save")
+    with pytest.raises(ConfigError, match=r"predictor\.path: .*model\.safetensors is there, and neither"):
+        check_writable(weights, "predictor.path")
