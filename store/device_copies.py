@@ -1,7 +1,4 @@
-"""The copy engine of a GPU: keeps the copy lane busy, a few experts deep, and the compute lane free of questions.
-
-What comes next and who goes for it, schedule.py decides, one expert at a time and as late as the link allows, so that it knows the
-most recent tables. The order in which device and host see things is the lanes' (lanes.py).
+"""The copy engine of a GPU: what forwards want of its copy thread (copy_thread.py), with the compute lane free of questions.
 
 A forward does not ask for experts: its kernels follow the pointer table, into a slot or to the host, and count what they found
 (`counted`). What it does ask, before a MoE layer, is to be held until the experts that the tables promised are there (`stage`):
@@ -17,7 +14,6 @@ between the one that reads the entries and the last that reads the slots would c
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,22 +21,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from store.arena import Arena
+from store.copy_thread import CopyThread
 from store.eviction import Policy
-from store.judged import JudgedSchedule
 from store.lanes import Lanes, Mark
 from store.layout import Key
 from store.movement import Movement
 from store.slots import Slots
 
-DEPTH = 8
-"""Copies decided ahead of the one that runs. Their slots are withdrawn before the next layer begins, so that the link has work
-while the layer computes; more would take slots from experts that are wanted sooner than it seems when they go."""
-
 PART = 8
 """Experts that are worth a part of a layer: its kernels take less time than their copies, and the link has others to bring."""
 
 
-class DeviceCopyEngine(JudgedSchedule):
+class DeviceCopyEngine(CopyThread):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
 
     _words_suffice = True
@@ -51,40 +43,16 @@ class DeviceCopyEngine(JudgedSchedule):
         Args:
             may_doubt: whoever runs forwards heeds `is_doubted`.
         """
-        self._experts = sum(layer.experts for layer in arena.layout.layers)
-        super().__init__(arena, slots, policy, may_doubt and slots.count < self._experts)
-        self._depth = max(1, min(DEPTH, slots.count // 8))
+        super().__init__(arena, slots, policy, lanes, may_doubt)
         self._part = max(1, min(PART, slots.count // 8))
-        self._lanes = lanes
-        self._at_rest = True  # the thread has looked at everything and can do nothing more
         self._staged = -1  # the position that the executor waits for
         self._awaited: set[Key] = set()  # its experts that are not in slots yet
         self._unread: list[Key] = []  # its experts that are, and that no part of it has read
         self._enqueuing = False  # whoever was let go by `stage` puts the layer's kernels into the compute lane
         self._behind: list[tuple[int, list[Key]]] = []  # positions, and experts that they no longer want: see `_catch_up`
         self._spoken: dict[int, int] = {}  # position -> experts that its router has named, until the policy has been told
-        self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._asked = -1  # the position whose router has spoken last
         self._followed: deque[Mark] = deque()  # where the compute lane waits by itself, as far as not reckoned yet
-        self._failure: BaseException | None = None
-        self._closed = False
-        self.is_complete = False
-        """Every expert is in a slot, and nothing will ever move again."""
-        self._under_way: deque[tuple[Key, Mark]] = deque()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begins to copy, on a thread of its own; at once, if there is a slot for every expert."""
-        if self.slots.count >= self._experts:
-            every = [(layer, expert) for layer, layout in enumerate(self._arena.layout.layers) for expert in range(layout.experts)]
-            with self._changed:
-                self._want(-1, every)
-        self._thread = threading.Thread(target=self._work, name="copy", daemon=True)
-        self._thread.start()
-
-    def plan(self, batch: int, uses: Sequence[Sequence[tuple[int, float]]]) -> None:
-        if not self.is_complete:
-            super().plan(batch, uses)
 
     def is_ready(self, batch: int) -> bool:
         """Whether all that the tables want for the batch is in slots: its forward need not be held anywhere."""
@@ -208,14 +176,6 @@ class DeviceCopyEngine(JudgedSchedule):
             self._reckon()
             return super().take()
 
-    def close(self) -> None:
-        """Stops the copy thread; what is under way ends first."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-
     def _is_held(self) -> bool:
         """Whether the layer that is staged has to wait."""
         if self._may_follow():
@@ -244,11 +204,6 @@ class DeviceCopyEngine(JudgedSchedule):
         may_come = not self._at_rest and not self._closed
         return may_come and any((self._staged, key) not in self._set_aside for key in self._awaited)
 
-    def _proceed(self) -> None:
-        with self._changed:
-            self._at_rest = False
-            self._changed.notify_all()
-
     def _catch_up(self) -> None:
         """Takes out of the future what has passed. Left to the copy thread, as far as it comes to it: the next layer is waiting."""
         for position, keys in self._behind:
@@ -266,64 +221,11 @@ class DeviceCopyEngine(JudgedSchedule):
     def _victim(self, position: int) -> Key | None:
         return None if self._enqueuing else super()._victim(position)
 
-    def _evicted(self, key: Key) -> None:
-        self._lanes.withdraw(key)
-
-    def _work(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    if self._begin():
-                        continue
-                    if not self._under_way:
-                        if self._closed:
-                            return
-                        self._at_rest = True
-                        self._changed.notify_all()
-                        self._changed.wait()
-                        continue
-                self._land()
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def _fail(self, error: BaseException) -> None:
-        """Whoever waits is told, and who comes later."""
-        with self._changed:
-            self._failure = error
-            self._changed.notify_all()
-
-    def _begin(self) -> bool:
-        """Puts the next copy into the copy lane; False: enough are there, or there is none."""
-        if self._closed or len(self._under_way) >= self._depth:
-            return False
-        self._catch_up()
-        copy = self._next_copy()
-        if copy is None:
-            return False
-        key = copy[0]
-        self._under_way.append((key, self._lanes.fill(key, self.slots.slot_of(key))))
+    def _begun(self, key: Key) -> None:
         if key in self._awaited and self._may_follow():
             self._changed.notify_all()
-        return True
 
-    def _land(self) -> None:
-        """Waits for the oldest copy under way; those behind it that have ended by then are seen with it."""
-        self._under_way[0][1].wait()
-        with self._changed:
-            self._landed(*self._under_way.popleft())
-            while self._under_way and self._under_way[0][1].is_reached():
-                self._landed(*self._under_way.popleft())
-            if not self._is_held():  # whoever waits is woken once, and not for every copy
-                self._changed.notify_all()
-
-    def _landed(self, key: Key, mark: Mark) -> None:
-        start, end = mark.span()
-        self.slots.complete(key)
-        self.is_complete = self.is_complete or self.slots.ready_count == self._experts
-        self._movement.copied(start, end, self.slots.block_bytes(key), key in self._demanded)
-        self._has_come()
-        self._demanded.pop(key, None)
+    def _came(self, key: Key) -> None:
         if key in self._awaited:
             self._awaited.remove(key)
             self._unread.append(key)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from store.device_copies import DEPTH, PART, DeviceCopyEngine
+from store.copy_thread import DEPTH
+from store.device_copies import PART, DeviceCopyEngine
 from store.eviction import FIFO, LRU, LookAhead
 from store.layout import Key
 from store.slots import Slots
