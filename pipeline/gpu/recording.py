@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 TRIES = 2
-"""Recordings of the same that may fail: what broke one may have been no fault of the model's."""
+"""Recordings of the same that may fail in a row: what broke one may have been no fault of the model's."""
 
 _RECORDING = threading.Lock()
 

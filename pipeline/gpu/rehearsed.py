@@ -109,9 +109,7 @@ class NamedExperts:
         try:
             with undisturbed():
                 torch.cuda.current_stream(self._device).synchronize()
-                pool = (
-                    torch.cuda.graph_pool_handle()
-                )  # its own: torch refuses one for good once all that was recorded in it is gone
+                pool = torch.cuda.graph_pool_handle()  # its own: torch refuses one whose graphs are all gone
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 with closed([graph]):
                     said = self._name(inputs, temperatures, top_k)
@@ -120,6 +118,7 @@ class NamedExperts:
             self._failed += 1
             self._is_refused = self._failed == TRIES  # other shapes would be, too
             return None
+        self._failed = 0
         return graph, inputs, said
 
     def _name(self, inputs: Inputs, temperatures: tuple[float, ...], top_k: int) -> torch.Tensor:

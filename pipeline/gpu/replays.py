@@ -49,7 +49,7 @@ class Recording:
 
     Attributes:
         why_not: it could not be recorded.
-        failed: how often it could not.
+        failed: how often it could not, since it last could.
         warm: it has run once, so that its kernels are compiled.
     """
 
@@ -114,6 +114,7 @@ class Replays:
             kept.graphs.record(whole=not self._gpu.asks or complete, pieces=False)
             self._current.ahead = self._hears
             kept.graphs.record(whole=False, pieces=self.asks and not complete)
+            kept.failed = 0
         except RuntimeError as error:
             kept.failed += 1
             if kept.failed == TRIES:
