@@ -47,6 +47,7 @@ def check_config(config: Config, source: str) -> None:
         ("predictor.kind", config.predictor.kind, KINDS),
         ("store.policy", config.store.policy, POLICIES),
         ("parallel.placement", config.parallel.placement, PLACEMENTS),
+        *(("bench.placements", placement, PLACEMENTS) for placement in config.bench.placements),
         *(("plan.policies", policy, POLICIES) for policy in config.plan.policies),
     ]
     for key, kind, known in choices:

@@ -182,6 +182,8 @@ class BenchConfig:
     """Each system answers all of them so often; rounds before these warm everything up."""
     capacity: float = 1.0
     """static-gating: places per expert, as a share of the batch's tokens; with all of them none is ever dropped."""
+    placements: list[str] = field(default_factory=list)
+    """parallel: one of it for each. Empty: parallel.placement, or greedy."""
     prompts: list[int] = field(default_factory=lambda: [32])
     """task generate: prompts of so many tokens, cut from the data one behind the other."""
     recall: float | None = None

@@ -9,25 +9,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pipeline.bench.placed import placed
 from pipeline.bench.whole import Pass, numbers
 from pipeline.bench.workload import Combination, Workload
 from pipeline.data import Batch
 from pipeline.parallel.group import Group
-from pipeline.parallel.load import predicted
-from pipeline.parallel.placement import place
 from pipeline.parallel.processes import Processes
 from predictor.actor import Prediction
 
 
 class Parallel:
-    """See `pipeline.bench.systems.Running`. Experts are placed by the true tables of the first half of the batches."""
+    """See `pipeline.bench.systems.Running`."""
 
     def __init__(self, workload: Workload, given: Combination):
-        config, shape = workload.prepared.config, workload.prepared.model.shape
+        config = workload.prepared.config
         self._tables = workload.tables[given.predictor or "oracle"]
-        seen = [prediction.table for prediction in workload.tables["oracle"][: max(1, len(workload.batches) // 2)]]
-        placement = config.parallel.placement or "greedy"
-        plan = place(predicted(seen, shape), given.devices, placement, config.parallel.replicas)
+        plan = placed(workload, given)
         spec = replace(workload.executor_spec(given), policy="lookahead")
         self._devices, self._next = given.devices, 0
         self._group = Group(lambda: Processes(spec, plan, config.parallel.timeout_s), plan)

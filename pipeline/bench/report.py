@@ -106,7 +106,7 @@ def _cells(row: Row) -> list[str]:
         error += f" ({row['error_over_transformers']:.2f})"
     predictor = f"{row['predictor']} ({row['recall']:.1%})" if row["predictor"] else "-"
     return [
-        row["system"],
+        _system(row),
         row["budget"] or "-",
         f"{ms['median']:.2f} ({ms['p10']:.2f}-{ms['p90']:.2f})",
         f"{row['samples_per_second']:.1f}",
@@ -126,8 +126,13 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _system(row: Row) -> str:
+    """`placement` is null but where devices share experts out; reports from before it was a key lack it."""
+    return row["system"] + (f", {row['placement']}" if row.get("placement") else "")
+
+
 def _name(row: Row) -> str:
-    return row["system"] + (f" ({row['predictor']})" if row["predictor"] and row["budget"] else "")
+    return _system(row) + (f" ({row['predictor']})" if row["predictor"] and row["budget"] else "")
 
 
 def _throughput(axes: Any, rows: list[Row]) -> None:

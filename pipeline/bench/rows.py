@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.bench.limit import fewest_moves
+from pipeline.bench.placed import avg_max_load
 from pipeline.bench.whole import Pass
 from pipeline.bench.workload import Combination, Workload
 from pipeline.reports.metrics import resident_peak
@@ -91,6 +92,8 @@ def _row(workload: Workload, measured: Measured, yardsticks: Yardsticks, beside:
         "budget": given.budget,
         "system": given.system,
         "devices": given.devices,
+        "placement": given.placement,
+        "avg_max_load": avg_max_load(workload, given),
         "ms": {
             "median": round(measured.median_ms, 3),
             "p10": round(float(np.percentile(batch_ms, 10)), 3),
@@ -201,6 +204,7 @@ def ray_over_in_process(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 def line(row: dict[str, Any]) -> str:
     """One row for a person."""
     name = row["system"] + (f" x {row['devices']}" if row["devices"] > 1 else "")
+    name += f", {row['placement']}" if row["placement"] else ""
     name += f" ({row['predictor']})" if row["predictor"] else ""
     ms, rate = row["ms"]["median"], row["samples_per_second"]
     text = f"batch {row['batch']:>3}  {row['budget'] or '-':>5}  {name:<34} {ms:>9.2f} ms {rate:>9.1f}/s"

@@ -116,8 +116,12 @@ class Kind:
         chosen = budget if self.has_budget else None
         if self.predictors is None:
             return [Combination(name, chosen)]
-        devices = workload.prepared.config.executors if self.group else 1
-        return [Combination(name, chosen, predictor, devices) for predictor in self.predictors(workload)]
+        if not self.group:
+            return [Combination(name, chosen, predictor) for predictor in self.predictors(workload)]
+        config = workload.prepared.config
+        placements = config.bench.placements or [config.parallel.placement or "greedy"]
+        given = [(predictor, placement) for predictor in self.predictors(workload) for placement in placements]
+        return [Combination(name, chosen, predictor, config.executors, placement) for predictor, placement in given]
 
 
 def _all(workload: Workload) -> list[str]:

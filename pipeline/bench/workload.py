@@ -38,12 +38,14 @@ class Combination:
         budget: as written, of one device; None where a system knows none.
         predictor: the name of the workload's tables.
         devices: so many, with a budget each.
+        placement: who has which expert, where devices share them out.
     """
 
     system: str
     budget: str | None
     predictor: str | None = None
     devices: int = 1
+    placement: str | None = None
 
     def slots(self, workload: Workload) -> int:
         """Those that the budget leaves beside a rehearsal's stand-ins, if they lie on the same device."""

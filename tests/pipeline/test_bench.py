@@ -137,6 +137,16 @@ def test_a_group_has_each_expert_at_one_of_its_devices_and_the_same_answers(root
     assert group["hit_rate"] == 1.0
     assert group["moves"] == 0  # all came before the rounds that count
     assert group["fewest_moves"] is None
+    assert (one["placement"], group["placement"]) == (None, "greedy")
+
+
+def test_placements_take_turns_and_each_says_how_even_it_is(root):
+    given = {"systems": ["parallel"], "budgets": ["50%"], "batches": 4, "placements": ["round_robin", "greedy"]}
+    rows = bench(replace(config(root, "placements", **given), executors=2))["rows"]
+    assert [row["placement"] for row in rows] == ["round_robin", "greedy"]
+    assert all(row["max_error"] < 1e-5 and 0.5 <= row["avg_max_load"] <= 1 for row in rows)
+    assert rows[0]["avg_max_load"] != rows[1]["avg_max_load"]  # each had a plan of its own
+    assert "| parallel, greedy |" in (root / "placements" / "bench.md").read_text()
 
 
 def test_rows_have_the_keys_that_the_docs_explain(report):

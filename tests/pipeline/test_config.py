@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"path": "rows.tsv"}, "labels": {"0": "bad", "1": "good"}}
 SPECIAL = {
     "plan.policies": ["fifo", "lru"],
+    "bench.placements": ["greedy", "round_robin"],
     "model.path": "another",
     "data.path": "another.tsv",
     "predictor.kind": "token_table",
@@ -313,6 +314,11 @@ def test_a_config_may_name_data_that_it_does_not_have(tmp_path):
 def test_an_unknown_kind_or_policy_is_refused_with_the_nearest_known_one(tmp_path, key, value, near):
     assert f"{key}: there is no {value!r}; did you mean {near!r}?" in refused(tmp_path, with_value(key, value))
     assert "known: " in refused(tmp_path, with_value(key, "zzzzzz"))
+
+
+@pytest.mark.parametrize(("key", "value", "near"), [("plan.policies", "lfru", "lru"), ("bench.placements", "greed", "greedy")])
+def test_so_is_one_in_a_list(tmp_path, key, value, near):
+    assert f"{key}: there is no {value!r}; did you mean {near!r}?" in refused(tmp_path, with_value(key, [value]))
 
 
 SHARED = MINIMAL | {"executors": 2, "parallel": {"placement": "greedy", "replicas": 1, "trace": "trace.safetensors"}}
