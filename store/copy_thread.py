@@ -36,6 +36,7 @@ class CopyThread(JudgedSchedule):
         self._depth = max(1, min(DEPTH, slots.count // 8))
         self._lanes = lanes
         self._at_rest = True  # the thread has looked at everything and can do nothing more
+        self._settled = False  # whoever is wanted, and may come as things are, is on the way
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
@@ -68,8 +69,8 @@ class CopyThread(JudgedSchedule):
     def _catch_up(self) -> None:
         """Takes out of the future what has passed, before somebody is chosen."""
 
-    def _begun(self, key: Key) -> None:
-        """A copy has been put into the lane."""
+    def _has_settled(self) -> None:
+        """All copies that may begin have been put into the lane."""
 
     def _came(self, key: Key) -> None:
         """A copy has ended."""
@@ -80,7 +81,7 @@ class CopyThread(JudgedSchedule):
 
     def _proceed(self) -> None:
         with self._changed:
-            self._at_rest = False
+            self._at_rest = self._settled = False
             self._changed.notify_all()
 
     def _evicted(self, key: Key) -> None:
@@ -112,16 +113,25 @@ class CopyThread(JudgedSchedule):
 
     def _begin(self) -> bool:
         """Puts the next copy into the copy lane; False: enough are there, or there is none."""
-        if self._closed or len(self._under_way) >= self._depth:
+        if self._closed:
+            return False
+        if len(self._under_way) >= self._depth:
+            if self._waiting() is None:
+                self._settle()
             return False
         self._catch_up()
         copy = self._next_copy()
         if copy is None:
+            self._settle()
             return False
+        self._settled = False
         key = copy[0]
         self._under_way.append((key, self._lanes.fill(key, self.slots.slot_of(key))))
-        self._begun(key)
         return True
+
+    def _settle(self) -> None:
+        self._settled = True
+        self._has_settled()
 
     def _land(self) -> None:
         """Waits for the oldest copy under way; those behind it that have ended by then are seen with it."""

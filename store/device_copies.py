@@ -68,9 +68,11 @@ class DeviceCopyEngine(CopyThread):
     def stage(self, batch: int, layer: int) -> bool:
         """Waits until the experts that are wanted for a layer are in slots, or cannot come before others have been read.
 
-        Behind `demand` it is enough that all are on their way. The compute lane waits for them: when the last has come, the layer
-        begins without a word from the host, which has but the next router to wait for. A layer that tables held is not left to the
-        compute lane: it would count as read from then on, and its experts would be the first to go, with the link waiting for them.
+        Behind `demand` it is enough that all are on their way, and with them whoever else may come now. The compute lane waits for
+        them: when the last has come, the layer begins without a word from the host, which has but the next router to wait for. The
+        withdrawal for a copy that began later would stand behind the layer's kernels, and the link would lie idle while they run.
+        A layer that tables held is not left to the compute lane: it would count as read from then on, and its experts would be the
+        first to go, with the link waiting for them.
 
         Returns: whether those that are there should be read first, for others to come in their place. Then `read` must follow, and
             `stage` once more; else `passed`. `finish`, where the forward fails.
@@ -142,13 +144,13 @@ class DeviceCopyEngine(CopyThread):
             self._spoken[position] = len(keys)
             self._want_instead(position, keys)
             self._demanded.update((key, position) for key in keys if key not in self.slots)
-            try:
-                while self._words_suffice and self._begin():  # the copy thread would come late, and the link is idle
-                    pass
-            except BaseException as error:
-                self._fail(error)
-                raise
-        self._proceed()
+            self._proceed()
+            self._begin_now()
+
+    def expect(self, batch: int, layer: int, experts: Sequence[int]) -> None:
+        with self._changed:
+            super().expect(batch, layer, experts)
+            self._begin_now()
 
     def counted(self, layer: int, routed: np.ndarray, hits: np.ndarray, reads: np.ndarray, batch: int | None = None) -> None:
         """What a layer's kernels found, told after the batch.
@@ -176,6 +178,15 @@ class DeviceCopyEngine(CopyThread):
             self._reckon()
             return super().take()
 
+    def _begin_now(self) -> None:
+        """Begins what the lane has room for: the copy thread would come late, when the link is idle or the layer enqueued."""
+        try:
+            while self._words_suffice and self._begin():
+                pass
+        except BaseException as error:
+            self._fail(error)
+            raise
+
     def _is_held(self) -> bool:
         """Whether the layer that is staged has to wait."""
         if self._may_follow():
@@ -191,8 +202,8 @@ class DeviceCopyEngine(CopyThread):
             self._movement.stall_ns += end - begin
 
     def _may_follow(self) -> bool:
-        """Whether those awaited may be left to the compute lane: all of them are on their way."""
-        named = self._words_suffice and self._staged == self._asked
+        """Whether those awaited may be left to the compute lane: all of them are on their way, and nobody else may come now."""
+        named = self._words_suffice and self._settled and self._staged == self._asked
         return named and bool(self._awaited) and all(key in self.slots for key in self._awaited)
 
     def _is_coming(self) -> bool:
@@ -221,8 +232,8 @@ class DeviceCopyEngine(CopyThread):
     def _victim(self, position: int) -> Key | None:
         return None if self._enqueuing else super()._victim(position)
 
-    def _begun(self, key: Key) -> None:
-        if key in self._awaited and self._may_follow():
+    def _has_settled(self) -> None:
+        if self._may_follow():
             self._changed.notify_all()
 
     def _came(self, key: Key) -> None:

@@ -219,12 +219,8 @@ class Schedule:
     def _next_copy(self) -> tuple[Key, torch.Tensor] | None:
         """Chooses what to copy next and makes room for it; None while there is nothing or nobody may go."""
         with self._changed:
-            while (queue := self._open_queue()) is not None:
+            while (queue := self._waiting()) is not None:
                 position, _, key = queue[0]
-                if key in self.slots or not (uses := self._next_uses[key]) or uses[0] != position:
-                    heapq.heappop(queue)
-                    self._set_aside.discard((position, key))
-                    continue
                 if not self.slots.has_free:
                     victim = self._victim(position)
                     if victim is None:
@@ -243,6 +239,16 @@ class Schedule:
                 self._policy.admitted(key)
                 return key, self.slots.admit(key)
             return None
+
+    def _waiting(self) -> list[tuple[int, float, Key]] | None:
+        """The heap whose first is wanted and has no slot; None: there is nobody."""
+        while (queue := self._open_queue()) is not None:
+            position, _, key = queue[0]
+            if key not in self.slots and (uses := self._next_uses[key]) and uses[0] == position:
+                return queue
+            heapq.heappop(queue)
+            self._set_aside.discard((position, key))
+        return None
 
     def _comes(self, key: Key, position: int, victim: Key) -> bool | None:
         """Whether `key` comes now at the cost of `victim`; None: not yet, and nobody behind it either."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from pipeline.bench import decoding
 from pipeline.bench.command import bench
 from pipeline.bench.decoding_limit import needed
+from pipeline.bench.decoding_systems import DECODING, Ours
 from pipeline.bench.decoding_workload import cut
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
+from pipeline.executor import Executor
 from store.simulator import layout_of
 from tests.conftest import ROOT, TOKENIZER, VOCABULARY
 
@@ -88,6 +91,23 @@ def test_a_bench_with_a_gpus_code(tmp_path, monkeypatch):
             assert row["graphs"]["pieces"] > 0
             assert row["copied_bytes"]["prefetch"] > 0, "the next layer's experts come before their router has spoken"
             assert row["hit_rate"] > 0.5
+
+
+def test_resident_counts_when_every_expert_has_come(tmp_path, monkeypatch):
+    """To give a GPU tens of gigabytes takes longer than to write the text that warms it up."""
+    written = []
+
+    class Filling(Executor):
+        def execute(self, *args, **kwargs):
+            result = super().execute(*args, **kwargs)
+            written.append(len(written))
+            return replace(result, stats=replace(result.stats, misses=[len(written) <= 4, 0, 0]))
+
+    resident = replace(DECODING["resident"], make=lambda s: Ours(replace(s, budget="100%"), "lookahead", executor=Filling))
+    monkeypatch.setitem(DECODING, "resident", resident)
+    report = bench(small(tmp_path, "bench.systems=[resident]", "bench.batch_sizes=[1]", "bench.prompts=[5]"))
+    assert [row["hit_rate"] for row in report["rows"]] == [1.0]
+    assert len(written) == 4 + 1 + 1  # until nothing was missing, and the text that counts
 
 
 def test_texts_are_consecutive_and_their_targets_follow():

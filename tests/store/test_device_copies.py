@@ -617,6 +617,29 @@ def test_behind_a_demand_the_compute_lane_waits_for_copies_and_the_host_does_not
     assert lanes.has_run((0, 0))
 
 
+def test_a_layer_is_enqueued_when_those_expected_next_are_on_their_way_too(make):
+    """Their withdrawals would stand behind its kernels, and the link would lie idle while these run."""
+    engine = make(9, depth=2, held=[(0, A), (0, B)])
+    engine.demand(0, 0, [A, B])
+    engine.expect(0, 1, [C])
+    held = Held(engine, 0, 0)
+    assert held.is_held()  # the lane has no room for C
+    engine._lanes.let((0, A))
+    assert not held.goes_on()
+    assert filling(engine) == [(0, A), (0, B), (1, C)]
+    assert not engine.slots.is_ready((0, B))
+    engine._lanes.let((0, B))
+
+
+def test_who_is_expected_begins_at_once(make):
+    engine = make(9, depth=3, held=[(0, A)])
+    with engine._changed:  # the copy thread is busy
+        engine.demand(0, 0, [A])
+        engine.expect(0, 1, [C, D])
+        assert filling(engine) == [(0, A), (1, C), (1, D)]
+    engine._lanes.let((0, A))
+
+
 def test_what_the_compute_lane_has_waited_counts_as_far_as_it_has_come_and_once(make):
     engine = make(3)
     waits = [Waited(10, [False, True]), Waited(300, [True]), Waited(5000, [False])]

@@ -441,7 +441,8 @@ class World:
         _, batch, layer = self.case.executor[self.at]
         there, missing = self.wanted_at(self.position(batch, layer))
         assert missing, "held though all are there"
-        assert not self.may_follow(self.position(batch, layer), missing), "held though all are on their way"
+        on_their_way = self.engine._settled and self.may_follow(self.position(batch, layer), missing)
+        assert not on_their_way, "held though all are on their way, and whoever else may come"
         assert not self.is_part(there, missing), "held though enough are there to be read"
 
     def can_come(self, position: int) -> bool:
