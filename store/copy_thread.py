@@ -36,7 +36,7 @@ class CopyThread(JudgedSchedule):
         self._depth = max(1, min(DEPTH, slots.count // 8))
         self._lanes = lanes
         self._at_rest = True  # the thread has looked at everything and can do nothing more
-        self._settled = False  # whoever is wanted, and may come as things are, is on the way
+        self._settled = False  # nobody waits for a copy, or whoever does may not come as things are
         self._demanded: dict[Key, int] = {}  # not in slots yet, or still on their way -> the position that wants them
         self._failure: BaseException | None = None
         self._closed = False
@@ -115,11 +115,11 @@ class CopyThread(JudgedSchedule):
         """Puts the next copy into the copy lane; False: enough are there, or there is none."""
         if self._closed:
             return False
+        self._catch_up()
         if len(self._under_way) >= self._depth:
             if self._waiting() is None:
                 self._settle()
             return False
-        self._catch_up()
         copy = self._next_copy()
         if copy is None:
             self._settle()

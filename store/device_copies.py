@@ -68,9 +68,10 @@ class DeviceCopyEngine(CopyThread):
     def stage(self, batch: int, layer: int) -> bool:
         """Waits until the experts that are wanted for a layer are in slots, or cannot come before others have been read.
 
-        Behind `demand` it is enough that all are on their way, and with them whoever else may come now. The compute lane waits for
-        them: when the last has come, the layer begins without a word from the host, which has but the next router to wait for. The
-        withdrawal for a copy that began later would stand behind the layer's kernels, and the link would lie idle while they run.
+        Behind `demand` it is enough that all are on their way, and nobody else waits for a copy who may come now, or for room in
+        the lane. Then the compute lane waits: when the last has come, the layer begins without a word from the host, which has but
+        the next router to wait for. (The withdrawal for a copy that began later would stand behind the layer's kernels, and the
+        link would lie idle while they run.)
         A layer that tables held is not left to the compute lane: it would count as read from then on, and its experts would be the
         first to go, with the link waiting for them.
 

@@ -178,7 +178,7 @@ def _memory(axes: Any, rows: list[Row]) -> None:
 
 
 def _bars(rows: list[Row]) -> list[Row]:
-    """One per system and budget, whatever its tables; those whose memory is known."""
+    """One per system and budget, whatever its tables and placement; those whose memory is known."""
     first = {(row["system"], row["budget"]): row for row in reversed(rows) if _occupied(row) is not None}
     return sorted(first.values(), key=rows.index)
 

@@ -617,6 +617,15 @@ def test_behind_a_demand_the_compute_lane_waits_for_copies_and_the_host_does_not
     assert lanes.has_run((0, 0))
 
 
+def test_nor_does_it_when_the_lane_has_room_for_more_and_nobody_is_left(make):
+    engine = make(9, depth=3, held=[(0, A)])
+    engine.demand(0, 0, [A])
+    engine.expect(0, 1, [B])
+    stage(engine, 0, 0)
+    assert not engine.slots.is_ready((0, A))
+    engine._lanes.let((0, A))
+
+
 def test_a_layer_is_enqueued_when_those_expected_next_are_on_their_way_too(make):
     """Their withdrawals would stand behind its kernels, and the link would lie idle while these run."""
     engine = make(9, depth=2, held=[(0, A), (0, B)])
@@ -635,8 +644,10 @@ def test_who_is_expected_begins_at_once(make):
     engine = make(9, depth=3, held=[(0, A)])
     with engine._changed:  # the copy thread is busy
         engine.demand(0, 0, [A])
+        assert engine._settled
         engine.expect(0, 1, [C, D])
         assert filling(engine) == [(0, A), (1, C), (1, D)]
+        assert engine._settled
     engine._lanes.let((0, A))
 
 

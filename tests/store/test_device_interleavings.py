@@ -42,7 +42,9 @@ def sure(*layers: Sequence[int]) -> Uses:
     return [[(expert, 1.0) for expert in layer] for layer in layers]
 
 
-def forward(batch: int, *layers: Sequence[int], how: str = "graph", waits: bool = True) -> list[tuple]:
+def forward(
+    batch: int, *layers: Sequence[int], how: str = "graph", waits: bool = True, guesses: Sequence[Sequence[int] | None] = ()
+) -> list[tuple]:
     """What the executor does for one batch.
 
     Args:
@@ -50,6 +52,7 @@ def forward(batch: int, *layers: Sequence[int], how: str = "graph", waits: bool 
         how: "graph": a layer's kernels are enqueued at once; "eager": one by one; "demand": the router names them first;
             "whole": all layers are one graph, as soon as all that the tables want is there.
         waits: for the batch's end before it is finished; else only before it is counted.
+        guesses: with "demand", whom each layer is expected to use, said when the one before it is demanded; None: nothing is.
     """
     operations: list[tuple] = []
     if how == "whole":
@@ -58,6 +61,8 @@ def forward(batch: int, *layers: Sequence[int], how: str = "graph", waits: bool 
         for layer, experts in enumerate(layers):
             if how == "demand":
                 operations.append(("demand", batch, layer, experts))
+                if layer + 1 < len(guesses) and guesses[layer + 1] is not None:
+                    operations.append(("expect", batch, layer + 1, guesses[layer + 1]))
             operations.append(("stage", batch, layer))  # and from there on, or behind "read"
             operations += [*kernels(batch, layer, experts, how, last=False), ("read", batch, layer)]  # and back to "stage"
             operations += [*kernels(batch, layer, experts, how, last=True), ("passed", batch, layer)]
@@ -338,6 +343,12 @@ class World:
     def _do_demand(self, batch: int, layer: int, experts: Sequence[int]) -> None:
         self.engine.demand(batch, layer, experts)
         self.asked = self.position(batch, layer)
+        self.planned.add(batch)
+        self._forget(batch, layer)
+        self._want(batch, layer, experts)
+
+    def _do_expect(self, batch: int, layer: int, experts: Sequence[int]) -> None:
+        self.engine.expect(batch, layer, experts)
         self.planned.add(batch)
         self._forget(batch, layer)
         self._want(batch, layer, experts)
@@ -793,6 +804,39 @@ CASES = {
         other=[("plan", 1, sure([B]))],
         hits=(0, 1),
     ),
+    "the next layer's are expected, rightly and wrongly": Case(
+        slots=3,
+        executor=[
+            *forward(0, [A, B], [A], how="demand", guesses=[None, [A, C]]),
+            *forward(1, [C], [B, C], how="demand", guesses=[None, [B]]),
+        ],
+        layers=(3, 3),
+        policy=LRU,
+        depth=2,
+        hits=(6, 6),
+    ),
+    "more are expected than there are slots": Case(
+        slots=2,
+        executor=[
+            *forward(0, [A], [A, B, C], how="demand", guesses=[None, [A, B, C]]),
+            *forward(1, [B], [C], how="demand", guesses=[None, [A, C]]),
+        ],
+        other=[("plan", 1, sure([B], [C]))],
+        layers=(3, 3),
+        policy=LookAhead,
+        depth=1,
+        hits=(6, 6),
+    ),
+    "whoever expected is given up": Case(
+        slots=1,
+        executor=[
+            *(("demand", 0, 0, [A]), ("expect", 0, 1, [B]), ("stage", 0, 0), ("finish", 0)),
+            *forward(1, [B], [B], how="demand", guesses=[None, [A]]),
+        ],
+        other=[("plan", 1, sure([A], [B])), ("plan", 2, sure([C], []))],
+        layers=(3, 3),
+        hits=(2, 2),
+    ),
     "there are no slots": Case(
         slots=0,
         executor=[*forward(0, [A]), *forward(1, [B], how="demand")],
@@ -826,7 +870,9 @@ def random_case(seed: int) -> Case:
             executor.insert(rng.randint(max(0, len(executor) - 24), len(executor)), ("plan", batch, uses))
         elif rng.random() < 0.8:
             other.insert(rng.randint(max(0, len(other) - 2), len(other)), ("plan", batch, uses))
-        operations = forward(batch, *truth, how=rng.choice(("graph", "eager", "demand")), waits=rng.random() < 0.5)
+        guesses = [rng.choice((None, layer, rng.sample(range(experts), rng.randint(0, 3)))) for layer in truth]
+        how = rng.choice(("graph", "eager", "demand", "demand"))
+        operations = forward(batch, *truth, how=how, waits=rng.random() < 0.5, guesses=guesses)
         if rng.random() < 0.1:
             operations = [*operations[: rng.randrange(len(operations) - 2)], ("finish", batch)]
         elif batch and executor[-1][0] == operations[-1][0] == "counted" and rng.random() < 0.5:
