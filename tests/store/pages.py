@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 
 from store.arena import Arena
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 DONTNEED = 4
+TRIES = 100
 
 
 def cached_pages(arena: Arena, layer: int = 0, expert: int = 0, whole: bool = False) -> list[bool]:
@@ -31,8 +33,18 @@ def cached(arena: Arena) -> float:
 
 
 def evict(arena: Arena) -> None:
-    """Takes every page of the file from this process and then from the page cache: what the kernel does for want of RAM."""
-    assert LIBC.madvise(ctypes.c_void_p(arena.memory.data_ptr()), ctypes.c_size_t(arena.memory.numel()), DONTNEED) == 0
+    """Takes every page of the file from this process and then from the page cache: what the kernel does for want of RAM.
+
+    Again while some are there: the kernel keeps a page that it is just reading or writing. A filesystem in RAM keeps all.
+    """
     fd = os.open(arena.path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
+    try:
+        for _ in range(TRIES):
+            os.fsync(fd)
+            assert LIBC.madvise(ctypes.c_void_p(arena.memory.data_ptr()), ctypes.c_size_t(arena.memory.numel()), DONTNEED) == 0
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not cached(arena):
+                return
+            time.sleep(0.01)
+    finally:
+        os.close(fd)
