@@ -174,6 +174,8 @@ def check_systems(config: Config, device: str) -> None:
         raise ConfigError(f"bench.systems names none; known: {', '.join(SYSTEMS)}")
     if config.batch.order == "overlap":
         raise ConfigError("batch.order: 'overlap' needs tables before there are batches; a bench has input or length")
+    if config.bench.placements and "parallel" not in config.bench.systems:
+        raise ConfigError("bench.placements is about the system 'parallel', which bench.systems does not name")
     for name in config.bench.systems:
         if name not in SYSTEMS:
             near = difflib.get_close_matches(name, SYSTEMS, n=1)

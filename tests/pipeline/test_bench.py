@@ -342,6 +342,10 @@ def test_a_group_of_one_is_refused(root):
     assert "'parallel' shares experts out, and executors is 1" in refused(config(root, systems=["parallel"]))
 
 
+def test_placements_of_nothing_are_refused(root):
+    assert "which bench.systems does not name" in refused(config(root, placements=["greedy"]))
+
+
 def test_a_system_whose_package_is_missing_is_refused_with_the_extra_that_brings_it(root, monkeypatch):
     monkeypatch.setattr(systems, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'accelerate' needs accelerate, which is not installed; pip install -e '\.\[bench\]'"):

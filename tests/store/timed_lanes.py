@@ -192,14 +192,20 @@ def serve(engine: DeviceCopyEngine, lanes: TimedLanes, uses: Uses, tables: Table
     return rounds
 
 
-def main(trace: str, batch: str, budget: str, kept: str = "1") -> None:
-    rows, path = int(batch), Path(trace)
-    shape = RoutingShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(_shape_of(path)).items()})
-    whole = traces.load(path, shape, None)
-    parts = [traces.select(whole, np.arange(i * rows, (i + 1) * rows), shape) for i in range(BATCHES[rows])]
-    oracle = Oracle(traces.join(parts), shape, shape.top_k)
+def history(trace: str, rows: int, count: int, kept: float) -> tuple[RoutingShape, Uses, Tables]:
+    """The first `count` batches of so many rows: what routers chose, and tables of which so much is left right."""
+    metadata = json.loads(traces.load_checked(Path(trace), "trace", None)[1]["shape"])
+    shape = RoutingShape(**{key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()})
+    whole = traces.load(Path(trace), shape, None)
+    parts = [traces.select(whole, np.arange(i * rows, (i + 1) * rows), shape) for i in range(count)]
     uses = [[[expert for _, expert in layer] for layer in experts_used(part, shape.top_k)] for part in parts]
-    tables = [Worsened(oracle, shape, float(kept), seed=0).predict(part.tokens).uses for part in parts]
+    maker = Worsened(Oracle(traces.join(parts), shape, shape.top_k), shape, kept, seed=0)
+    return shape, uses, [maker.predict(part.tokens).uses for part in parts]
+
+
+def main(trace: str, batch: str, budget: str, kept: str = "1") -> None:
+    rows = int(batch)
+    shape, uses, tables = history(trace, rows, BATCHES[rows], float(kept))
     slots = int(sum(shape.experts) * float(budget))
     sequence = [[(i, expert) for expert in layer] for each in uses for i, layer in enumerate(each)]
     limit = max(fewest_moves(sequence, slots) / len(uses) * COPY_MS, COMPUTE_MS[rows])
@@ -213,10 +219,6 @@ def main(trace: str, batch: str, budget: str, kept: str = "1") -> None:
     taken, link, in_place = (statistics.median(column) for column in zip(*each, strict=True))
     ms, link_ms = taken * 1e3 / SLOWER, link * 1e3 / SLOWER
     print(f"{ms:.2f} ms, {ms / limit:.2f} x limit; the link is used for {link_ms:.2f} ms; {in_place:.1f} read in place")
-
-
-def _shape_of(path: Path) -> str:
-    return traces.load_checked(path, "trace", None)[1]["shape"]
 
 
 if __name__ == "__main__":
