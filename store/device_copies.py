@@ -28,6 +28,9 @@ from store.layout import Key
 from store.movement import Movement
 from store.slots import Slots
 
+IN_PLACE = 0.94
+"""The link's rate when kernels read experts where they lie, over that of copies (docs/results.md, the probe): a use that is less
+likely costs less if it is read in place, should it come, than a copy for it alone does for certain."""
 PART = 8
 """Experts that are worth a part of a layer: its kernels take less time than their copies, and the link has others to bring."""
 
@@ -35,6 +38,7 @@ PART = 8
 class DeviceCopyEngine(CopyThread):
     """Moves experts from the registered arena into slots, ahead of the forwards that read them."""
 
+    worth_an_eviction = IN_PLACE
     _words_suffice = True
     """A copy is but a word to the device: any thread may begin one, and the compute lane waits for it without the host."""
 
@@ -88,7 +92,7 @@ class DeviceCopyEngine(CopyThread):
                 self._enqueuing = False
                 self._proceed()
             self._staged = position
-            wanted = self._wanted.get(position, ())
+            wanted = [key for key in self._wanted.get(position, ()) if (position, key) not in self._left]
             self._awaited = {key for key in wanted if not self.slots.is_ready(key)}
             self._unread = [key for key in wanted if key not in self._awaited]
             self._changed.wait_for(lambda: self._failure or not self._is_held())
@@ -229,6 +233,13 @@ class DeviceCopyEngine(CopyThread):
         super()._want_no_more(position, key)
         if self._demanded.get(key) == position and key not in self.slots:  # there was no room
             del self._demanded[key]
+
+    def _leave(self, position: int, key: Key) -> None:
+        super()._leave(position, key)
+        if position == self._staged and key in self._awaited:
+            self._awaited.remove(key)
+            if not self._is_held():
+                self._changed.notify_all()
 
     def _victim(self, position: int) -> Key | None:
         return None if self._enqueuing else super()._victim(position)

@@ -48,6 +48,8 @@ class Schedule:
 
     worth_knowing = worth_copying = WORTH_COPYING
     """Probabilities: of a use that the policy is told of, and of one that a copy is made for."""
+    worth_an_eviction = 0.0
+    """The same, of one that somebody goes for who is wanted sooner than its expert is wanted again."""
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy):
         self.slots = slots
@@ -61,6 +63,7 @@ class Schedule:
         self._aside: list[tuple[int, float, Key]] = []  # as _queue: not worth an eviction
         self._set_aside: set[tuple[int, Key]] = set()  # (position, expert) of those in _aside
         self._probability: dict[tuple[int, Key], float] = {}  # (position, expert) -> that it is needed, where it is not certain
+        self._left: set[tuple[int, Key]] = set()  # (position, expert): less likely than `worth_an_eviction`, to be read in place
         self._early: dict[Key, int] = {}  # in slots at a wanted one's cost -> the position that it is for
         self._most_early = max(1, min(EARLY, slots.count // 6))
         self._planned: set[int] = set()
@@ -176,6 +179,8 @@ class Schedule:
     def _want_no_more(self, position: int, key: Key) -> None:
         if self._set_aside:
             self._set_aside.discard((position, key))
+        if self._left:
+            self._left.discard((position, key))
         if self._early.get(key) == position:
             del self._early[key]
         if self._probability:
@@ -226,6 +231,13 @@ class Schedule:
                     if victim is None:
                         return None
                     if self._policy.looks_ahead:
+                        if self._is_better_left(key, position, victim):
+                            if position > self._now + NEAR:  # who goes then, is wanted later than who would go now
+                                return None
+                            heapq.heappop(queue)
+                            self._set_aside.discard((position, key))
+                            self._leave(position, key)
+                            continue
                         comes = self._comes(key, position, victim)
                         if comes is None:
                             return None
@@ -239,6 +251,16 @@ class Schedule:
                 self._policy.admitted(key)
                 return key, self.slots.admit(key)
             return None
+
+    def _is_better_left(self, key: Key, position: int, victim: Key) -> bool:
+        """Whether a use is in doubt whose expert would have to go before it is wanted again: if it comes, it is read in place."""
+        if not self.worth_an_eviction or not self._next_uses[victim]:
+            return False
+        probability = self._probability.get((position, key), 1.0)
+        return probability < self.worth_an_eviction and not self._is_worth(key, position, victim)
+
+    def _leave(self, position: int, key: Key) -> None:
+        self._left.add((position, key))
 
     def _waiting(self) -> list[tuple[int, float, Key]] | None:
         """The heap whose first is wanted and has no slot; None: there is nobody."""

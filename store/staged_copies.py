@@ -28,6 +28,7 @@ from store.slots import Slots
 class StagedCopyEngine(DeviceCopyEngine):
     """Moves experts into slots ahead of the forwards that read them, and the others before they do. `demand`, then `stage`."""
 
+    worth_an_eviction = 0.0  # nothing can be read in place
     _words_suffice = False  # here the host copies, too
 
     def __init__(self, arena: Arena, slots: Slots, policy: Policy, lanes: Lanes, on_device: bool = True, may_doubt: bool = False):

@@ -432,7 +432,7 @@ class World:
 
     def wanted_at(self, position: int) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
         """Those that are in slots, and the others."""
-        wanted = [key for at, key in self.future if at == position]
+        wanted = [key for at, key in self.future if at == position and not self.is_left(at, key)]
         there = tuple(key for key in wanted if self.slots.is_ready(key))
         return there, tuple(key for key in wanted if key not in there)
 
@@ -471,14 +471,16 @@ class World:
         uses = [at for at, key in self.future if key == came]
         assert uses, "copied for nobody"
         assert all(use > min(uses) for use, wanted in self.future if wanted in gone), "evicted though wanted sooner"
-        others = [at for at, key in self.future if key not in self.slots and key not in gone and not self.is_aside(at, key)]
+        waiting = [(at, key) for at, key in self.future if key not in self.slots and key not in gone]
+        others = [at for at, key in waiting if not self.is_aside(at, key) and not self.is_left(at, key)]
         assert not others or min(uses) <= min(others), "one who is needed sooner was passed over"
 
     def check_rest(self) -> None:
         """The copy thread has nothing to do only if there is no way to bring who is needed next."""
         full = self.is_full()
-        missing = [at for at, key in self.future if key not in self.slots and not (full and self.is_aside(at, key))]
-        held = self.engine._enqueuing
+        waiting = [(at, key) for at, key in self.future if key not in self.slots and not self.is_left(at, key)]
+        missing = [at for at, key in waiting if not (full and self.is_aside(at, key))]
+        held = self.engine._enqueuing or (missing and self.is_undecided(*min(waiting)))
         assert not missing or held or not self.can_come(min(missing)), "rests though one may go"
 
     def is_full(self) -> bool:
@@ -489,6 +491,15 @@ class World:
     def is_aside(self, position: int, key: Key) -> bool:
         """Whether the engine has decided that a copy is not worth an eviction."""
         return (position, key) in self.engine._set_aside
+
+    def is_undecided(self, position: int, key: Key) -> bool:
+        """Whether it may be left to be read in place, which is decided when its layer is near."""
+        in_doubt = self.engine._probability.get((position, key), 1.0) < self.engine.worth_an_eviction
+        return self.engine._policy.looks_ahead and in_doubt and position > min(self.engine._wanted) + NEAR
+
+    def is_left(self, position: int, key: Key) -> bool:
+        """Whether the engine has decided to read it in place, should it be needed."""
+        return (position, key) in self.engine._left
 
     def check(self) -> None:
         slots, engine = self.slots, self.engine
@@ -505,7 +516,8 @@ class World:
         behind = {(at, key) for at, keys in engine._behind for key in keys}  # it knows that they have passed
         known = behind.union(self.future)
         assert all(key in slots and (at, key) in known for key, at in engine._early.items())
-        assert known.issuperset(engine._set_aside)
+        assert known.issuperset(engine._set_aside | engine._left)
+        assert all(engine._probability[use] < engine.worth_an_eviction for use in engine._left), "left though it is likely"
         wanted: dict[Key, set[int]] = {}
         for at, key in self.future:
             wanted.setdefault(key, set()).add(at)
