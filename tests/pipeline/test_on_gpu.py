@@ -528,6 +528,8 @@ def test_experts_are_evicted_while_layers_compute_and_every_batch_is_exact(case,
     with case.executor(slots, policy) as executor:
         if not graphs:
             executor._device._graphs = NoGraphs()
+        if slots == 16:  # as if reading in place were dear: who is in doubt, as all are here, comes at others' cost
+            executor._device.engine.worth_an_eviction = 0.0
         roughen(executor)
         for index in range(count):
             for ahead in range(index, index + 4):
@@ -594,10 +596,10 @@ def moves(results: list[BatchResult], slot_bytes: int) -> int:
     return copied // slot_bytes + sum(sum(result.stats.misses) for result in results)
 
 
-@pytest.mark.parametrize("kind", ["random", "wrong"])
-def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
-    """Nor do they cost more moves than a cache on demand. Where that takes asking routers, they are asked: tables that guess are
-    hardly believed after a while, so that little of what they say is copied.
+@pytest.mark.parametrize(("kind", "worth"), [("random", None), ("wrong", None), ("wrong", 0.0)])
+def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind, worth):
+    """Nor do they cost more moves than a cache on demand. Tables that guess are hardly believed after a while, and who is named in
+    doubt is not worth an eviction, so that little of what they say is copied. Were it worth one (`worth`), routers are asked.
     """
     case, percent, count = case("large"), 50, 120
     slot_bytes = case.prepared.layout.slot_bytes
@@ -610,6 +612,8 @@ def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
     with case.executor(case.slots(percent), "lru", demand=True) as executor:
         none = serve(case, executor, None, count)
     with case.executor(case.slots(percent), "lookahead") as executor:
+        if worth is not None:
+            executor._device.engine.worth_an_eviction = worth
         ours = serve(case, executor, tables, count)
     tail = count // 2
     asked = [result.stats.how == "pieces: routers asked" for result in ours]
@@ -617,7 +621,7 @@ def test_tables_that_do_worse_than_none_are_heeded_no_more(case, kind):
     print(f"{kind}: {sum(asked)} of {count} batches asked, moves {moved / needed:.3f} times those on demand")
     assert moved <= 1.05 * needed
     assert not any(asked[:3])
-    assert kind == "random" or all(asked[tail:])
+    assert worth is None or all(asked[tail:])
 
 
 def test_right_tables_are_never_doubted(case):
