@@ -8,7 +8,8 @@ A policy that knows the tables (`LookAhead`) is taken at its word. Whoever comes
 comes late, when it is known best who has to go: at most `EARLY` such experts lie in slots ahead of their use, and at most `FAR` of
 them further ahead than `NEAR` layers. An expert that would be wanted again later than the one that goes for it may only come as
 one of these few; the others are set aside, to be read in place when their time comes. So a layer that needs more experts than
-there are slots does not empty them.
+there are slots does not empty them. Where reading in place costs hardly more than copying, a use that may fail to come is not
+worth an eviction for it alone (`worth_an_eviction`).
 
 Knows no copy, stream or thread: what is under way, the engines know that are built on it (copies.py on a CPU, device_copies.py
 on a GPU). Knows batches only as numbers, which rise in the order of execution; a position is batch * MoE layers + layer.
