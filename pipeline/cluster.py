@@ -28,6 +28,7 @@ LOGS = ray.LoggingConfig(encoding="TEXT", log_level="INFO")
 ROOT, PACKAGES = Path(__file__).parent.parent, ("pipeline", "predictor", "store")
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by `ray job submit`, whose working directory has the code."""
+TOO_LATE = "timed out during startup"
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def cluster(address: str | None, several: bool = False) -> Iterator[None]:
         several: machines are used that may not have this project's code: it travels along, unless the job has brought it.
 
     Raises:
-        ConfigError: nothing answers at the address.
+        ConfigError: nothing answers at the address; or Ray, of its own, did not start in the time that it gives itself.
     """
     if ray.is_initialized():
         yield
@@ -62,6 +63,13 @@ def cluster(address: str | None, several: bool = False) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cluster.address: no Ray answers at {address}: {reason}") from None
+    except Exception as error:  # Ray has no class for it
+        if TOO_LATE not in str(error):
+            raise
+        raise ConfigError(
+            "Ray did not start within the 30 s that it gives itself: this machine is too busy, or too slow. Run the same command "
+            "once it has less to do, or name a Ray that is up by cluster.address"
+        ) from None
     try:
         yield
     finally:
