@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +24,57 @@ torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+ENDS = pytest.StashKey[float | None]()
+"""When tests begin no more (--minutes)."""
+FIRST = ("tests/pipeline/test_exactness.py", "tests/store", "tests/predictor")
+"""Where time is short."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that start Ray first: they take minutes each, and at the end one core would wait for the other."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+RAY_S = 12
+"""Seconds. Where importing what an actor imports takes longer, Ray does not start in the 30 s that it gives itself, with what the
+tests of a second core do beside it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="leave out tests that have not begun by then, and say so; of those that start "
+                     "Ray, all where this machine is too slow for it")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    minutes = config.getoption("--minutes")
+    config.stash[ENDS] = time.monotonic() + minutes * 60 if minutes is not None else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The files that start Ray first: they take minutes each, and at the end one core would wait for the other.
+
+    Where time is short they come last, since a machine that is slow is slowest at these, and what all else stands on comes first.
+    """
+
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        is_slow = item.get_closest_marker("slow") is not None
+        if config.stash[ENDS] is None:
+            return not is_slow, 0
+        return is_slow, next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST))
+
+    items.sort(key=turn)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    ends = item.config.stash[ENDS]
+    if ends is None:
+        return
+    if time.monotonic() > ends:
+        pytest.skip("no time left (--minutes)")
+    if item.get_closest_marker("slow") and (seconds := _seconds_to_import()) > RAY_S:
+        pytest.skip(f"too slow a machine to start Ray on: {seconds:.0f} s to import torch and transformers")
+
+
+@functools.cache
+def _seconds_to_import() -> float:
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+    return time.monotonic() - start
 
 
 ROOT = Path(__file__).parent.parent
