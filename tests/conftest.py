@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ENDS = pytest.StashKey[float | None]()
 """When tests begin no more (--minutes)."""
-FIRST = ("tests/pipeline/test_exactness.py", "tests/store", "tests/predictor")
+FIRST = ("tests/pipeline/test_exactness.py", "tests/store", "tests/predictor", "tests/pipeline/test_")
 """Where time is short."""
 
 RAY_S = 12
