@@ -13,7 +13,7 @@ import sys
 from pipeline.bench.limit import fewest_moves
 from store.simulator import Tables
 from tests.store.at_once import play
-from tests.store.timed_lanes import AHEAD, history
+from tests.store.timed_lanes import AHEAD, history, right_names
 
 
 def main(trace: str, batch: str, rows: str, kept: str, *budgets: str) -> None:
@@ -21,11 +21,14 @@ def main(trace: str, batch: str, rows: str, kept: str, *budgets: str) -> None:
     shape, uses, worsened = history(trace, size, count, float(kept))
     _, _, true = history(trace, size, count, 1.0)
     sure = [[[(expert, 1.0) for expert, _ in layer] for layer in table] for table in worsened]
-    used = [[{(expert, 1.0) for expert in layer} for layer in layers] for layers in uses]
-    pairs = [list(zip(named, needed, strict=True)) for named, needed in zip(sure, used, strict=True)]
-    right = [[[name for name in named if name in needed] for named, needed in table] for table in pairs]
-    all_of = [[sorted({*named} | needed) for named, needed in table] for table in pairs]
-    tables: dict[str, Tables] = {"true": true, "worsened": sure, "wrong names known": right, "missing names known": all_of}
+    pairs = [list(zip(named, used, strict=True)) for named, used in zip(sure, uses, strict=True)]
+    all_of = [[sorted({*named, *((expert, 1.0) for expert in used)}) for named, used in table] for table in pairs]
+    tables: dict[str, Tables] = {
+        "true": true,
+        "worsened": sure,
+        "wrong names known": right_names(sure, uses),
+        "missing names known": all_of,
+    }
     sequence = [[(i, expert) for expert in layer] for layers in uses for i, layer in enumerate(layers)]
     for budget in budgets:
         slots = int(sum(shape.experts) * float(budget))
