@@ -24,8 +24,6 @@ torch.set_num_threads(1)  # the models are tiny: more threads on busy cores wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ENDS = pytest.StashKey[float | None]()
-"""When tests begin no more (--minutes)."""
 FIRST = ("tests/pipeline/test_exactness.py", "tests/store", "tests/predictor", "tests/pipeline/test_")
 """Where time is short."""
 
@@ -35,13 +33,8 @@ tests of a second core do beside it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, help="leave out tests that have not begun by then, and say so; of those that start "
-                     "Ray, all where this machine is too slow for it")  # fmt: skip
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    minutes = config.getoption("--minutes")
-    config.stash[ENDS] = time.monotonic() + minutes * 60 if minutes is not None else None
+    parser.addoption("--until", type=float, help="leave out tests that have not begun by then (seconds as of `date +%%s`), and say "
+                     "so; of those that start Ray, all where this machine is too slow for it")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def turn(item: pytest.Item) -> tuple[bool, int]:
         is_slow = item.get_closest_marker("slow") is not None
-        if config.stash[ENDS] is None:
+        if config.getoption("--until") is None:
             return not is_slow, 0
         return is_slow, next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST))
 
@@ -61,11 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    ends = item.config.stash[ENDS]
-    if ends is None:
+    until = item.config.getoption("--until")
+    if until is None:
         return
-    if time.monotonic() > ends:
-        pytest.skip("no time left (--minutes)")
+    if time.time() > until:
+        pytest.skip("no time left (--until)")
     if item.get_closest_marker("slow") and (seconds := _seconds_to_import()) > RAY_S:
         pytest.skip(f"too slow a machine to start Ray on: {seconds:.0f} s to import torch and transformers")
 
