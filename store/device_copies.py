@@ -9,14 +9,15 @@ of those are computed (`read`), which makes room for the next, while the link go
 link's speed and with the copy lane waiting, is left for what no table named.
 
 From `stage` to `read` or `passed` nobody is evicted: the layer's kernels are on their way into the compute lane, and a withdrawal
-between the one that reads the entries and the last that reads the slots would come too early for those behind it.
+between the one that reads the entries and the last that reads the slots would come too early for those behind it. (Experts of other
+layers could go. But those that the layer has read are the better ones, as a rule, and a moment later they can, too.)
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -176,7 +177,8 @@ class DeviceCopyEngine(CopyThread):
                     self._judge(batch * self._layers + layer, used.tolist(), len(missed))
             self._movement.hits[layer] += len(used) - len(missed)
             self._movement.misses[layer] += len(missed)
-            self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
+            if len(missed):
+                self._movement.read_in_place_bytes += int(reads[missed].sum()) * self.slots.block_bytes((layer, 0))
 
     def take(self) -> Movement:
         with self._changed:
@@ -223,16 +225,17 @@ class DeviceCopyEngine(CopyThread):
     def _catch_up(self) -> None:
         """Takes out of the future what has passed. Left to the copy thread, as far as it comes to it: the next layer is waiting."""
         for position, keys in self._behind:
-            for key in keys:
-                self._want_no_more(position, key)
+            self._want_no_more(position, keys)
             if position in self._spoken:
                 self._policy.reads(position % self._layers, self._spoken.pop(position))
         self._behind.clear()
 
-    def _want_no_more(self, position: int, key: Key) -> None:
-        super()._want_no_more(position, key)
-        if self._demanded.get(key) == position and key not in self.slots:  # there was no room
-            del self._demanded[key]
+    def _want_no_more(self, position: int, keys: Collection[Key]) -> None:
+        super()._want_no_more(position, keys)
+        if self._demanded:
+            for key in keys:
+                if self._demanded.get(key) == position and key not in self.slots:  # there was no room
+                    del self._demanded[key]
 
     def _leave(self, position: int, key: Key) -> None:
         super()._leave(position, key)

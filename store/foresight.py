@@ -18,8 +18,13 @@ HALF_LIFE = 16.0
 SMOOTHING = 0.01
 """What one interval between uses counts for in their running mean."""
 
+HEAVIEST = 2.0**600
+"""Of a use. Its square is more than a number holds, and uses that weigh less than the least number were 1,600 half-lives ago."""
+
 MUCH = 2.0
 """Times more or fewer experts per layer than were reckoned with, upon which all that are resident are weighed anew."""
+
+NEVER = math.inf
 
 Place = tuple[float, float, Key]
 """In LookAhead's order: minus the next use, weight, expert."""
@@ -84,8 +89,8 @@ class LookAhead:
 
     A use that is not certain counts as later than it is, by the time that the expert usually stays away, as far as it may fail to
     come. Before all these go the experts that none wants, the one with the fewest and oldest uses first: every use weighs half as
-    much after `HALF_LIFE` (Lee et al., LRFU, 2001). Such a weight, as a logarithm, never changes until the next use, so that
-    the order is kept in heaps and never made anew. Whoever would be the first to go again is better not let in (as in TinyLFU).
+    much after `HALF_LIFE` (Lee et al., LRFU, 2001). Here it keeps its weight and later ones weigh more, which is the same, so that
+    the order is kept in heaps and hardly ever made anew. Whoever would be the first to go again is better not let in (TinyLFU).
 
     Where nobody can be kept out, since all that routers name must have a slot, it is told which layers pass (`reads`). Then
     the one expected last goes first: when its layer comes again, and after so many forwards more as it misses, by its share
@@ -100,15 +105,15 @@ class LookAhead:
         self._wanted_at: dict[Key, int] = {}
         self._next_use: dict[Key, float] = {}  # the same, later for those that may fail to come
         self._interval = 0.0  # MoE layers between two uses of an expert, on average
-        self._weight: dict[Key, float] = {}  # log2 of the sum of 2^(time of use), times in half-lives
+        self._weight: dict[Key, float] = {}  # of its uses together
         self._place: dict[Key, Place] = {}  # of the resident ones
         self._wants: list[Place] = []  # a heap of those that are wanted, and of what was
         self._idle: defaultdict[int, list[Place]] = defaultdict(list)  # the others by MoE layer: heaps, likewise
         self._room: defaultdict[int, int] = defaultdict(lambda: 64)  # what each of these may grow to
         self._first: dict[int, Rank] = {}  # MoE layer -> the first to go of its idle ones
         self._ranks: list[Rank] = []  # a heap of these, and of what was
-        self._time = 0.0  # half-lives
-        self._all = 0.0  # the sum of all weights, as of _time
+        self._use = 1.0  # what one weighs now
+        self._all = 0.0  # the sum of all weights
         self._passes: dict[int, int] = {}  # MoE layer -> the pass, of any layer, that was its last
         self._pass = 0
         self._now = 0.0  # experts that the forward under way reads per layer
@@ -122,23 +127,25 @@ class LookAhead:
 
     def used(self, key: Key) -> None:
         self._touch(key)
-        if key in self._place and key not in self._wanted_at:  # among those that are wanted it counts for nothing
+        if key not in self._wanted_at and key in self._place:  # among those that are wanted it counts for nothing
             self._insert(key)
 
     def evicted(self, key: Key) -> None:
         del self._place[key]
 
     def wanted(self, key: Key, position: int | None, probability: float = 1.0) -> None:
-        before = self._wanted_at.pop(key, None)
         if position is None:
+            self._wanted_at.pop(key, None)
             self._next_use.pop(key, None)
+            use = NEVER
         else:
-            if before is not None and position > before:
+            before = self._wanted_at.get(key, position)
+            if position > before:
                 self._interval += SMOOTHING * (position - before - self._interval)
             self._wanted_at[key] = position
-            self._next_use[key] = position + (1 / probability - 1) * self._interval
+            use = self._next_use[key] = position if probability == 1 else position + (1 / probability - 1) * self._interval
         if key in self._place:
-            self._insert(key)
+            self._push((-use, self._weight[key], key))
 
     def reads(self, layer: int, experts: int) -> None:
         self._pass += 1
@@ -156,42 +163,52 @@ class LookAhead:
         self._begun = self._pass
 
     def order(self) -> Iterator[Key]:
-        out: list[Place] = []
+        passed: list[Place] = []
         looked: set[int] = set()  # layers that have lost their rank
-        try:
+        try:  # most who ask take the first: it stays where it is until they ask for another
             while self._ranks:
-                rank = heapq.heappop(self._ranks)
+                rank = self._ranks[0]
                 _, layer, place = rank
                 if self._first.get(layer) is not rank:
+                    heapq.heappop(self._ranks)
                     continue
-                looked.add(layer)
                 if self._place.get(place[2]) is place:
-                    out.append(heapq.heappop(self._idle[layer]))
                     yield place[2]
+                    passed.append(heapq.heappop(self._idle[layer]))
+                    looked.add(layer)
+                heapq.heappop(self._ranks)
                 self._rank(layer)
             while self._wants:
-                place = heapq.heappop(self._wants)
+                place = self._wants[0]
                 if self._place.get(place[2]) is place:
-                    out.append(place)
                     yield place[2]
-        finally:  # whoever has found one goes no further
-            for place in out:
-                self._push(place)
+                    passed.append(place)
+                heapq.heappop(self._wants)
+        finally:
+            for place in passed:
+                if self._place.get(place[2]) is place:
+                    self._push(place)
             for layer in looked:
                 self._rank(layer)
 
     def outlasts(self, key: Key, resident: Key) -> bool:
-        return self._used_now(key) >= self._weight[resident]
+        return self._weight.get(key, 0.0) + self._use >= self._weight[resident]
 
     def _touch(self, key: Key) -> None:
-        passed = 1 / (HALF_LIFE * (len(self._place) + 1))
-        self._time += passed
-        self._all = self._all * 2**-passed + 1
-        self._weight[key] = self._used_now(key)
+        self._use *= 2 ** (1 / (HALF_LIFE * (len(self._place) + 1)))
+        self._all += self._use
+        self._weight[key] = self._weight.get(key, 0.0) + self._use
+        if self._use > HEAVIEST:
+            self._weigh_anew()
 
-    def _used_now(self, key: Key) -> float:
-        """What it weighs with a use at this time."""
-        return self._time + math.log2(1 + 2 ** (self._weight.get(key, -math.inf) - self._time))
+    def _weigh_anew(self) -> None:
+        """So that a use weighs one again."""
+        one, self._use = self._use, 1.0
+        self._all /= one
+        self._weight = {key: weight / one for key, weight in self._weight.items()}
+        self._wants, self._idle = [], defaultdict(list)
+        for key in self._place:
+            self._insert(key)
 
     def _stay(self, key: Key) -> float:
         """How much there is for keeping an expert that none wants: minus the pass at which it is expected, or, as long as nobody
@@ -201,20 +218,20 @@ class LookAhead:
             return self._weight[key] if not self._pass else -math.inf
         layers = len(self._passes)
         experts = min(self._usual or self._now, self._now) if last > self._begun else self._now
-        share = 2 ** (self._weight[key] - self._time) / self._all
+        share = self._weight[key] / self._all
         probability = -math.expm1(-min(max(share * experts * layers, 1e-9), 50.0))
         return -(last + layers / probability)
 
     def _insert(self, key: Key) -> None:
-        place = self._place[key] = (-self._next_use.get(key, math.inf), self._weight[key], key)
-        self._push(place)
-        if len(self._wants) > 4 * len(self._place) + 64:
-            self._wants = [wanted for wanted in self._wants if self._place.get(wanted[2]) is wanted]
-            heapq.heapify(self._wants)
+        self._push((-self._next_use.get(key, NEVER), self._weight[key], key))
 
     def _push(self, place: Place) -> None:
-        if place[0] > -math.inf:
+        self._place[place[2]] = place
+        if place[0] != -NEVER:
             heapq.heappush(self._wants, place)
+            if len(self._wants) > 4 * len(self._place) + 64:
+                self._wants = [wanted for wanted in self._wants if self._place.get(wanted[2]) is wanted]
+                heapq.heapify(self._wants)
             return
         layer = place[2][0]
         idle = self._idle[layer]

@@ -105,7 +105,7 @@ class Clock:
         return now
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CudaMark:
     """A `fill` under way, or the compute lane's wait for some."""
 

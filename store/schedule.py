@@ -166,32 +166,28 @@ class Schedule:
             self._pass(position)
             self._want(position, keys)
             return
-        for key in before:
-            if key not in stay:
-                self._want_no_more(position, key)
+        self._want_no_more(position, [key for key in before if key not in stay])
         self._want(position, [key for key in keys if key not in stay])
         self._wanted[position] = keys
 
     def _pass(self, position: int) -> None:
         """Takes a position out of the future."""
-        for key in self._wanted.pop(position, ()):
-            self._want_no_more(position, key)
+        self._want_no_more(position, self._wanted.pop(position, []))
 
-    def _want_no_more(self, position: int, key: Key) -> None:
-        if self._set_aside:
-            self._set_aside.discard((position, key))
-        if self._left:
-            self._left.discard((position, key))
-        if self._early.get(key) == position:
-            del self._early[key]
-        if self._probability:
-            self._probability.pop((position, key), None)
-        uses = self._next_uses[key]
-        if uses[0] == position:
-            del uses[0]
-            self._has_next(key)
-        else:
+    def _want_no_more(self, position: int, keys: Collection[Key]) -> None:
+        if self._set_aside or self._left or self._probability:
+            for use in [(position, key) for key in keys]:
+                self._set_aside.discard(use)
+                self._left.discard(use)
+                self._probability.pop(use, None)
+        for key in keys:
+            if self._early.get(key) == position:
+                del self._early[key]
+            uses = self._next_uses[key]
+            is_next = uses[0] == position
             uses.remove(position)
+            if is_next:
+                self._has_next(key)
 
     def _has_next(self, key: Key) -> None:
         """An expert's next use is another than before, or there is none. Who has no slot is to be copied by then."""
@@ -200,7 +196,7 @@ class Schedule:
             self._policy.wanted(key, None)
             return
         position = uses[0]
-        probability = self._probability.get((position, key), 1.0)
+        probability = self._probability.get((position, key), 1.0) if self._probability else 1.0
         self._policy.wanted(key, position, probability)
         if key not in self.slots and probability >= self.worth_copying:
             heapq.heappush(self._queue, (position, 1 - probability, key))

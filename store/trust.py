@@ -39,7 +39,7 @@ class Trust:
         self._experts = experts
         self._expected = [[0.0] * (DEGREES + 1) for _ in experts]
         self._came = [[0.0] * (DEGREES + 1) for _ in experts]
-        self._is_off = [False] * len(experts)  # some degree of sureness has been too much, or too little
+        self._off: list[set[int]] = [set() for _ in experts]  # degrees of sureness that have been too much, or too little
         self._usual = [0.0] * len(experts)  # the share of a layer's experts that a batch uses
 
     def worth(self, layer: int, said: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -47,7 +47,7 @@ class Trust:
         usual = self._usual[layer]
         odds = TELLING * usual
         least = min(self.sure, max(self.least, odds / (1 - usual + odds)))
-        if not self._is_off[layer]:
+        if not self._off[layer]:
             return [(expert, p) for expert, p in said if p >= least]
         share = [(DOUBT + came) / (DOUBT + n) for came, n in zip(self._came[layer], self._expected[layer], strict=True)]
         scaled = ((expert, min(1.0, p * share[int(p * DEGREES)])) for expert, p in said if p >= least)
@@ -63,15 +63,19 @@ class Trust:
         certain = [expert for expert, p in said if p == 1]  # all, where tables are true or hash functions sure
         expected[DEGREES] += len(certain)
         came[DEGREES] += len(used.intersection(certain))
+        degrees = {DEGREES}
         if len(certain) < len(said):
             for expert, p in said:
                 if self.least <= p < 1:
                     degree = int(p * DEGREES)
                     expected[degree] += p
                     came[degree] += expert in used
-        for degree, total in enumerate(expected):
-            if total > MEMORY:
+                    degrees.add(degree)
+        off = self._off[layer]
+        for degree in degrees:
+            if expected[degree] > MEMORY:
                 expected[degree] /= 2
                 came[degree] /= 2
-        self._is_off[layer] = any(abs(c - n) > EXACT * (DOUBT + n) for c, n in zip(came, expected, strict=True))
+            is_off = abs(came[degree] - expected[degree]) > EXACT * (DOUBT + expected[degree])
+            (off.add if is_off else off.discard)(degree)
         self._usual[layer] += RECENT * (len(used) / self._experts[layer] - self._usual[layer])

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from store import foresight
 from store.copies import CopyEngine
 from store.eviction import FIFO, LFU, LIFO, LRU, POLICIES, LookAhead, Priority
 from store.foresight import HALF_LIFE
@@ -217,6 +218,37 @@ def test_what_was_often_used_long_ago_goes_in_the_end():
         policy.used(A)
     policy.used(C)  # read in place: remembered for when it comes
     assert list(policy.order()) == [A, B]
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["nobody says which layers pass", "passes are told"])
+def test_weighing_anew_changes_no_order(monkeypatch, said):
+    policies = [LookAhead(), LookAhead()]
+    experts = [(layer, expert) for layer in range(3) for expert in range(6)]
+    rng = random.Random(5)
+    resident: set[Key] = set()
+    heaviest = [float("inf"), 1.05]  # never, and after every few uses
+    for step in range(400):
+        key = rng.choice(experts)
+        if key not in resident:
+            what, details = "admitted", (key,)
+            resident.add(key)
+        else:
+            what, details = rng.choice(
+                [("used", (key,)), ("used", (key,)), ("evicted", (key,)), ("wanted", (key, step + 9)), ("wanted", (key, None))]
+            )
+            if what == "evicted":
+                resident.remove(key)
+        orders = []
+        for policy, most in zip(policies, heaviest, strict=True):
+            monkeypatch.setattr(foresight, "HEAVIEST", most)
+            getattr(policy, what)(*details)
+            if said and step % 5 == 0:
+                policy.reads(key[0], 2)
+            orders.append(list(policy.order()))
+        if said:  # layers are compared as they were when they passed, or were weighed
+            orders = [sorted(order, key=lambda key: key[0]) for order in orders]
+        assert orders[0] == orders[1], step
+    assert policies[1]._use < 1.1 < policies[0]._use
 
 
 def test_of_equals_the_one_goes_whose_layer_has_just_been_read():
