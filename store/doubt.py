@@ -4,7 +4,8 @@ A GPU reads in place what no table foretold: the host is asked nothing, and noth
 mostly right that is best. With bad ones experts cross the link for nothing, or again and again, where a cache that copies what
 routers name would have kept them. So unless tables are mostly right, that cache is played beside, by the slots' policy: what
 it would have moved is compared with what did move. Once it would have moved less, routers are asked, and tables are only judged,
-until they are mostly right.
+until they are mostly right, or have a chance again: a comparison may have been of an odd moment, and while nobody heeds tables
+nobody can tell what they would move.
 
 Knows experts by name and counts them; nothing of tables, copies or times.
 """
@@ -26,6 +27,9 @@ MARGIN = 1.25
 SAMPLE, ENOUGH_SLOTS = 16, 64
 """The cache is played for one in so many experts, as long as that leaves it so many slots: forwards need the time that it costs.
 Whether an expert is one of them has nothing to do with how often it is used (Waldspurger et al., SHARDS, 2015)."""
+PATIENCE = 24
+"""Windows (see below) for which routers are asked before tables are heeded again, for two: in the first the cache fills. Each time
+that they lose again, twice as many."""
 LEAST, ROUNDS = 1000, 4
 """Uses in which moves are compared, and how often they go round the slots at least: until then a cache only fills."""
 
@@ -46,6 +50,7 @@ class Doubt:
         self._every = max(1, min(SAMPLE, slots // ENOUGH_SLOTS))
         self._slots, self._make = slots // self._every, policy
         self._window = max(LEAST, ROUNDS * slots)
+        self._patience = PATIENCE
         self._uses = self._named = self._foretold = 0.0  # the latest count most
         self._policy = policy()
         self._held: set[Key] = set()  # by the cache
@@ -70,9 +75,15 @@ class Doubt:
         if self._uses > 2 * LEAST:
             self._uses, self._named, self._foretold = self._uses / 2, self._named / 2, self._foretold / 2
         if self._foretold >= ENOUGH * max(self._uses, self._named):
-            self.asks = False
+            self.asks, self._patience = False, PATIENCE
             self._forget()
-        elif not self.asks:
+        elif self.asks:
+            self._watched += len(used)
+            if self._watched >= self._patience * self._window:
+                self.asks = False
+                self._patience *= 2
+                self._forget()
+        else:
             self._moved += missed
             self._watched += len(used)
             self._play(layer, {key: None for expert in used if hash(key := (layer, expert)) % self._every == 0})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from store.doubt import LEAST, ROUNDS, Doubt
+from store.doubt import LEAST, PATIENCE, ROUNDS, Doubt
 from store.eviction import LRU
 from store.foresight import LookAhead
 from store.simulator import Tables, Uses
@@ -55,6 +55,35 @@ def test_once_a_cache_would_have_moved_less_routers_are_asked_until_tables_are_m
     assert not doubt.asks
     heard(doubt, 4 * LEAST, nobody)
     assert doubt.asks, "and again"
+
+
+def test_tables_have_a_chance_again_at_ever_longer_intervals():
+    doubt = Doubt(20, LRU)
+    asked = []
+    for seed in range(8 * PATIENCE):
+        heard(doubt, LEAST, nobody, seed=seed)  # a window
+        asked.append(doubt.asks)
+    spans = [(asks, len([*span])) for asks, span in itertools.groupby(asked)]
+    assert spans[:-1] == [
+        (False, 1),
+        (True, PATIENCE),
+        (False, 2),
+        (True, 2 * PATIENCE),
+        (False, 2),
+        (True, 4 * PATIENCE),
+        (False, 2),
+    ]
+
+
+def test_tables_that_were_doubted_for_an_odd_moment_are_heeded_again():
+    doubt = Doubt(20, LRU)
+    heard(doubt, 2 * LEAST, nobody)
+    assert doubt.asks
+    heard(doubt, (PATIENCE - 1) * LEAST, lambda used: {*used[:7]})  # not mostly right; but no cache would move less
+    assert doubt.asks
+    for _ in range(LEAST // USED * 20):
+        doubt.heard(0, range(USED), {*range(USED - 1)}, 0)  # all in slots
+    assert not doubt.asks
 
 
 def test_where_a_cache_would_do_no_better_nothing_is_asked():
