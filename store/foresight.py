@@ -19,7 +19,7 @@ SMOOTHING = 0.01
 """What one interval between uses counts for in their running mean."""
 
 HEAVIEST = 2.0**600
-"""Of a use. Its square is more than a number holds, and uses that weigh less than the least number were 1,600 half-lives ago."""
+"""Of a use: then all are weighed anew. The greatest number is 2^1024; what weighs less than the least is 1,600 half-lives old."""
 
 MUCH = 2.0
 """Times more or fewer experts per layer than were reckoned with, upon which all that are resident are weighed anew."""
