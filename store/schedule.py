@@ -175,6 +175,7 @@ class Schedule:
         self._want_no_more(position, self._wanted.pop(position, []))
 
     def _want_no_more(self, position: int, keys: Collection[Key]) -> None:
+        """Forgets that `position` uses `keys`. Their next uses are later ones."""
         if self._set_aside or self._left or self._probability:
             for use in [(position, key) for key in keys]:
                 self._set_aside.discard(use)
