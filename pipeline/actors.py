@@ -76,7 +76,7 @@ def start_executors(spec: ExecutorSpec, wanted: int, first: int = 0, node: str |
     if spec.device != "cpu":
         options["num_gpus"] = 1  # Ray shows an actor only those that it asked for
     return [
-        start_actor(Executor, replace(spec, number=number), node=node, name=f"Executor-{number}", **options)
+        start_actor(Executor, replace(spec, number=number, alone=True), node=node, name=f"Executor-{number}", **options)
         for number in range(first, first + wanted)
     ]
 

@@ -40,6 +40,7 @@ class ExecutorSpec:
         stepping: of a task that writes, the predictor that says before every step which experts its tokens will need; in the
             Executor's process, since a step has no time for another. None: nothing is said of them.
         number: which of a run's Executors it is, from 0.
+        alone: it has its process to itself (pipeline/garbage.py).
         demand: on a GPU, copy what a router has named before its experts run, instead of reading it in place: for want of tables.
         exchange: with the owners of experts that are not here; put in by a Rank, in its own process (pipeline/parallel/rank.py).
     """
@@ -60,6 +61,7 @@ class ExecutorSpec:
     asks_routers: bool = False
     exchange: Exchange | None = None
     number: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)

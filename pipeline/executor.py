@@ -21,6 +21,7 @@ import torch
 from pipeline.batch_result import BatchResult, BatchStats, Spoken
 from pipeline.data import Batch
 from pipeline.device import Answer, Device, ExecutorSpec, Work
+from pipeline.garbage import spare_imports, spare_what_stands
 from pipeline.inputs import Hear
 from pipeline.on_cpu import OnCPU
 from pipeline.predicting.rehearsal import ArenaModel
@@ -44,6 +45,8 @@ class Executor:
 
     def __init__(self, spec: ExecutorSpec):
         self._spec, self._born = spec, time.time_ns()
+        if spec.alone:
+            spare_imports()
         arena = Arena.attach(spec.arena)
         if arena is None:
             raise RuntimeError(f"{spec.arena}: the arena is gone; was it removed by hand?")
@@ -63,6 +66,8 @@ class Executor:
         for made in (self._starting, self._predicting, self._stepping):
             if made is not None:
                 made.exception()
+        if spec.alone:
+            spare_what_stands()
         self._closed = False
         self._spoken: dict[int, Spoken] = {}
 

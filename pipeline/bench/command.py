@@ -30,6 +30,7 @@ from pipeline.bench.systems import SYSTEMS, Bench, check_systems
 from pipeline.bench.workload import Combination, Workload, mapped, record_workload
 from pipeline.config import Config
 from pipeline.errors import StandInsError
+from pipeline.garbage import spared
 from pipeline.machine import hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
@@ -176,10 +177,11 @@ def _take_turns(workload: Workload, budget: str, combinations: list[Combination]
         say(f"{what}: set up in {time.perf_counter() - start:.1f} s; rounds to warm up: {warm_up}, to measure: {rounds}")
         measured = [Measured(combination) for combination in combinations]
         turns = [(number, which) for number in range(-warm_up, rounds) for which in _order(len(benches), number)]
-        for number, which in tqdm(turns, desc=f"batches of {workload.batch_size}", leave=False, disable=None):
-            done = benches[which].run(workload.batches)
-            if number >= 0:
-                measured[which].passes.append(done)
+        with spared():
+            for number, which in tqdm(turns, desc=f"batches of {workload.batch_size}", leave=False, disable=None):
+                done = benches[which].run(workload.batches)
+                if number >= 0:
+                    measured[which].passes.append(done)
         for one, each in zip(measured, benches, strict=True):
             one.device_memory_peak_bytes = each.device_memory_peak_bytes
     say(f"{what}: done in {time.perf_counter() - start:.1f} s")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -59,8 +59,8 @@ class RankActors:
         here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {} if spec.device == "cpu" else {"num_gpus": 1}
         options |= {"num_cpus": 0, "max_restarts": 0, "max_concurrency": AHEAD + 2, "scheduling_strategy": here}
-        make = ray.remote(**options)(ExecutorRank)
-        self._actors: list[Any] = [make.remote(spec, self._place.membership(rank)) for rank in range(assignment.devices)]
+        make, own = ray.remote(**options)(ExecutorRank), replace(spec, alone=True)
+        self._actors: list[Any] = [make.remote(own, self._place.membership(rank)) for rank in range(assignment.devices)]
         self._asked: deque[list[ray.ObjectRef]] = deque()
         try:
             _all([actor.ready.remote() for actor in self._actors], START_S)

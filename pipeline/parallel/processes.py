@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -147,7 +147,7 @@ def _work(spec: ExecutorSpec, membership: Membership, pipe: Connection) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[membership.rank] if visible else str(membership.rank)
     answers: SimpleQueue[Future[Any] | None] = SimpleQueue()
     try:
-        rank = Rank(spec, membership)
+        rank = Rank(replace(spec, alone=True), membership)
         pipe.send(rank.ready())
     except BaseException as error:
         pipe.send(_failed(error))
