@@ -31,7 +31,6 @@ from pipeline.bench.workload import mapped
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.executor import Executor
-from pipeline.garbage import spared
 from pipeline.machine import cores, hardware
 from pipeline.prepare import Prepared, check_predictor, choose_device, prepare
 from pipeline.progress import bar
@@ -154,8 +153,7 @@ def _one_system(
     try:
         writer = DECODING[name].make(stand)
         for at, some in enumerate(texts):
-            with spared():
-                written = writer.write(some)
+            written = writer.write(some)
             row = decoding_row(name, stand, at, some, written, reference[at] if reference else None)
             row["device_memory_peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
             rows.append(row)
